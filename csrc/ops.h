@@ -1,0 +1,106 @@
+// Checks and dispatch that the CPU and the CUDA operators share. Messages say expected, got, remedy.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
+#include <c10/util/Half.h>
+
+#include "vocab_loss.h"
+
+namespace megatron_deft {
+
+// Calls `f` with a value of the C++ type of `dtype`.
+template <typename F>
+void dispatch(at::ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case at::kFloat: return f(float{});
+    case at::kBFloat16: return f(c10::BFloat16{});
+    case at::kHalf: return f(c10::Half{});
+    default:
+      TORCH_CHECK_TYPE(false, "logits: expected float32, bfloat16 or float16, got ", dtype,
+                       "; convert them first");
+  }
+}
+
+// Distance in elements between rows when the leading dimensions of `t` [..., V] can be walked with
+// one stride; an error otherwise.
+inline int64_t row_stride_of(const at::Tensor& t, const char* name) {
+  TORCH_CHECK_VALUE(t.dim() >= 1 && (t.size(-1) <= 1 || t.stride(-1) == 1), name,
+                    ": expected the vocabulary as last dimension with stride 1, got sizes ",
+                    t.sizes(), " strides ", t.strides(), "; call .contiguous()");
+  int64_t expected = -1, stride = t.size(-1);
+  for (int64_t d = t.dim() - 2; d >= 0; --d) {
+    if (t.size(d) == 1) continue;
+    if (expected < 0) stride = t.stride(d);
+    TORCH_CHECK_VALUE(expected < 0 || t.stride(d) == expected, name,
+                      ": expected rows one stride apart, got sizes ", t.sizes(), " strides ",
+                      t.strides(), "; call .contiguous()");
+    expected = t.stride(d) * t.size(d);
+  }
+  return stride;
+}
+
+struct Rows {
+  at::Tensor labels;  // keeps the flat copy alive
+  Shard shard;
+
+  Rows(const at::Tensor& logits, const at::Tensor& labels_, int64_t vocab_start,
+       int64_t vocab_valid, int64_t ignore_index) {
+    TORCH_CHECK_VALUE(logits.dim() == labels_.dim() + 1 &&
+                          logits.sizes().slice(0, labels_.dim()) == labels_.sizes(),
+                      "labels: expected the logits' shape ", logits.sizes(),
+                      " without its last dimension, got ", labels_.sizes());
+    TORCH_CHECK_TYPE(labels_.scalar_type() == at::kLong, "labels: expected int64, got ",
+                     labels_.scalar_type(), "; call .long()");
+    TORCH_CHECK_VALUE(labels_.device() == logits.device(), "labels: expected device ",
+                      logits.device(), ", got ", labels_.device());
+    TORCH_CHECK_VALUE(vocab_valid >= 0 && vocab_valid <= logits.size(-1),
+                      "vocab_valid: expected 0 to V_local = ", logits.size(-1), ", got ",
+                      vocab_valid);
+    labels = labels_.contiguous();
+    shard.logits = logits.const_data_ptr();
+    shard.labels = labels.const_data_ptr<int64_t>();
+    shard.rows = labels.numel();
+    shard.columns = logits.size(-1);
+    shard.row_stride = row_stride_of(logits, "logits");
+    shard.vocab_start = vocab_start;
+    shard.vocab_valid = vocab_valid;
+    shard.ignore_index = ignore_index;
+  }
+};
+
+inline const float* per_row(const at::Tensor& t, int64_t rows, const char* name) {
+  TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == rows, name,
+                    ": expected ", rows, " contiguous float32 values, got ", t.sizes(), " ",
+                    t.scalar_type());
+  return t.const_data_ptr<float>();
+}
+
+inline Gradient gradient_of_rows(const Rows& rows, const at::Tensor& row_max,
+                                 const at::Tensor& scale, const at::Tensor& target_grad,
+                                 const at::Tensor& out) {
+  const int64_t n = rows.shard.rows;
+  return {out.mutable_data_ptr(), row_stride_of(out, "out"), per_row(row_max, n, "row_max"),
+          per_row(scale, n, "scale"), per_row(target_grad, n, "target_grad")};
+}
+
+#define MDEFT_DECLARE_OPS                                                                         \
+  at::Tensor row_stats(const at::Tensor& logits, const at::Tensor& labels, int64_t vocab_start,   \
+                       int64_t vocab_valid, int64_t ignore_index);                                \
+  at::Tensor row_topk(const at::Tensor& logits, const at::Tensor& labels, int64_t k,              \
+                      int64_t vocab_valid, int64_t ignore_index);                                 \
+  void gate_grad_out(const at::Tensor& logits, const at::Tensor& labels,                          \
+                     const at::Tensor& row_max, const at::Tensor& scale,                          \
+                     const at::Tensor& target_grad, int64_t vocab_start, int64_t vocab_valid,     \
+                     int64_t ignore_index, const at::Tensor& out);
+
+namespace cpu {
+MDEFT_DECLARE_OPS
+}
+namespace cuda {
+MDEFT_DECLARE_OPS
+}
+#undef MDEFT_DECLARE_OPS
+
+}  // namespace megatron_deft

@@ -1,0 +1,209 @@
+"""The folder a checkpoint or a set of imported weights lives in, and how to tell that it is whole.
+
+    FOLDER/megatron_deft.json  the manifest: kind, spec, step, objective, every file's checksum
+    FOLDER/hf/                 config.json, generation_config.json, tokenizer files, as they came
+    FOLDER/state/              megatron dist_checkpointing (torch_dist), free of parallel layout
+    RUN/checkpoints/step_00000020/, RUN/checkpoints/latest     the folders of one training run
+
+The manifest is written last, inside a folder that still has a temporary name: a folder without a
+manifest, or with a file that does not match it, was cut short or damaged. No megatron and no torch
+in here, so that looking at a folder costs nothing.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_deft.errors import UserError
+from megatron_deft.files import atomic_write
+
+MANIFEST = "megatron_deft.json"
+FORMAT = 1
+KINDS = ("weights", "training")
+LATEST = "latest"
+BLOCK = 16 * 2**20  # bytes hashed at a time
+DIGEST = 32  # bytes of blake2b kept
+
+_STEP_NAME = re.compile(r"step_(\d{8,})")
+_TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+")
+
+
+def list_files(folder: str | Path) -> list[str]:
+    """Relative names of every file below `folder` but the manifest, sorted, with `/` between."""
+    folder = Path(folder)
+    names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def hash_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Size in bytes and blake2b of each named file: the manifest's "files".
+
+    Ranks share the work by hashing `list_files(folder)[rank::world_size]` each; the merged dicts go
+    to `write_manifest`. Streams in 16 MiB blocks.
+    """
+    return {name: _hash_file(Path(folder) / name) for name in names}
+
+
+def _hash_file(path: Path) -> dict[str, Any]:
+    digest, size = hashlib.blake2b(digest_size=DIGEST), 0
+    with open(path, "rb") as handle:
+        while block := handle.read(BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
+def write_manifest(
+    folder: str | Path,
+    *,
+    kind: str,
+    spec: Mapping[str, Any],
+    step: int = 0,
+    objective: str | None = None,
+    files: Mapping[str, Mapping[str, Any]] | None = None,
+    **extra: Any,
+) -> None:
+    """Write FOLDER/megatron_deft.json atomically, after every other file.
+
+    `files` comes from `hash_files`; without it every file is hashed here. `extra` are further JSON
+    fields (`base`, the model that was imported, is carried to the model card by export).
+    """
+    assert kind in KINDS, f"kind {kind!r} is not one of {KINDS}"
+    files = hash_files(folder, list_files(folder)) if files is None else files
+    manifest = {
+        "format": FORMAT,
+        "kind": kind,
+        "spec": dict(spec),
+        "step": step,
+        "objective": objective,
+        **extra,
+        "files": {name: dict(files[name]) for name in sorted(files)},
+    }
+    with atomic_write(Path(folder) / MANIFEST) as handle:
+        json.dump(manifest, handle, indent=1)
+        handle.write("\n")
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of `folder`. Errors: UserError when there is none, or none that we can read."""
+    path = Path(folder) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} has no {MANIFEST}, so it is not a finished megatron_deft folder: name one "
+            "written by `megatron-deft convert import` or by training"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): the folder is damaged") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise UserError(f"{path} is not a megatron_deft manifest: it lists no files")
+    if manifest.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}: "
+            "use the megatron_deft that wrote it"
+        )
+    return manifest
+
+
+def verify(folder: str | Path, checksums: bool = True) -> list[str]:
+    """What is wrong with `folder`, one line per problem; empty when it is whole.
+
+    Compares every file of the manifest by presence and size, then (with `checksums`) by blake2b.
+    """
+    folder = Path(folder)
+    try:
+        recorded = read_manifest(folder)["files"]
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    for name, want in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != want["bytes"]:
+            problems.append(f"{name} has {size} bytes instead of {want['bytes']}")
+        elif checksums and _hash_file(path)["blake2b"] != want["blake2b"]:
+            problems.append(f"{name} does not match its blake2b checksum")
+    return problems
+
+
+def step_name(step: int) -> str:
+    """Name of the checkpoint folder of one optimizer step, such as step_00000020."""
+    return f"step_{step:08d}"
+
+
+def newest_whole(
+    root: str | Path, checksums: bool = True
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint below `root` that is whole, and what was passed over with the reason.
+
+    `root` is RUN or RUN/checkpoints. Half-written folders (temporary names, no manifest) and
+    missing, truncated or corrupted files disqualify a checkpoint; older ones are then tried. The
+    search stops at the first whole one, so healthy older checkpoints are neither hashed nor listed.
+    """
+    root = _checkpoints(Path(root))
+    skipped: list[tuple[Path, str]] = []
+    steps: list[tuple[int, Path]] = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if _TEMPORARY_NAME.fullmatch(path.name):
+            skipped.append((path, "half-written: it still has its temporary name"))
+        elif (match := _STEP_NAME.fullmatch(path.name)) and path.is_dir():
+            steps.append((int(match.group(1)), path))
+    for _, path in sorted(steps, reverse=True):
+        problems = verify(path, checksums)
+        if not problems:
+            return path, skipped
+        skipped.append((path, "; ".join(problems)))
+    return None, skipped
+
+
+def write_latest(root: str | Path, name: str) -> None:
+    """Point RUN/checkpoints/latest (`root` is RUN/checkpoints) at the folder `name`, atomically."""
+    with atomic_write(Path(root) / LATEST) as handle:
+        handle.write(name + "\n")
+
+
+def resolve(path: str | Path) -> Path:
+    """The checkpoint folder a user means by `path`.
+
+    Accepts a weights folder, a checkpoint folder, a run folder, RUN/checkpoints, or the file
+    RUN/checkpoints/latest. A run stands for what `latest` names; without that file, for its
+    highest step. Errors: UserError when nothing is there or what is named is unfinished. An older
+    checkpoint is never taken instead: what someone exports must be what they think it is.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{path} does not exist: name a weights, checkpoint or run folder")
+    if path.is_file() and path.name != LATEST:
+        raise UserError(
+            f"{path} is a file: name the weights, checkpoint or run folder that holds it"
+        )
+    if path.is_dir() and (path / MANIFEST).exists():
+        return path
+    root = path.parent if path.is_file() else _checkpoints(path)
+    pointer = root / LATEST
+    if pointer.is_file():
+        target = root / pointer.read_text(encoding="utf-8").strip()
+        why = f"{pointer} names it"
+    else:
+        names = [p.name for p in root.iterdir() if _STEP_NAME.fullmatch(p.name)]
+        if not names:
+            raise UserError(
+                f"{path} holds neither {MANIFEST} nor checkpoints: name a folder written by "
+                "`megatron-deft convert import` or by training"
+            )
+        target = root / max(names, key=lambda name: (len(name), name))
+        why = "the highest step"
+    if not (target / MANIFEST).exists():
+        raise UserError(
+            f"{target} ({why}) is unfinished or gone: name one of the other step_ folders in {root}"
+        )
+    return target
+
+
+def _checkpoints(path: Path) -> Path:
+    return path / "checkpoints" if (path / "checkpoints").is_dir() else path

@@ -1,0 +1,298 @@
+"""What a run is: every key with its type, default, unit and legal values, and which runs can be.
+
+A section that exists holds legal values: types and ranges are checked when it is made. What depends
+on the number of processes or on the model is checked by `RunConfig.validate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, Literal, Protocol, get_type_hints
+
+from megatron_deft.config.values import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FRACTION,
+    NOT_EMPTY,
+    checked,
+    key,
+)
+from megatron_deft.errors import UserError
+
+
+class ModelShape(Protocol):
+    """What `validate` asks of a model: `models.families.ModelSpec` has it."""
+
+    num_layers: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int
+    max_position_embeddings: int
+
+
+@cache
+def hints(section: type) -> Mapping[str, Any]:
+    """Field name -> resolved type of a section."""
+    return {
+        name: hint
+        for name, hint in get_type_hints(section).items()
+        if name in section.__dataclass_fields__
+    }
+
+
+class Section:
+    """A group of keys; `path` is what stands before them (`optim.`)."""
+
+    path: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        """Check every key's type and range. Errors: UserError naming the first that is wrong."""
+        for declaration in fields(self):  # type: ignore[arg-type]
+            name = declaration.name
+            hint = hints(type(self))[name]
+            value = getattr(self, name)
+            if isinstance(hint, type) and issubclass(hint, Section):
+                assert isinstance(value, hint), f"{name} must be a {hint.__name__}"
+            else:
+                value = checked(self.path + name, declaration, hint, value)
+                object.__setattr__(self, name, value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The weights training starts from, and the precision it runs in."""
+
+    path: ClassVar[str] = "model."
+    load: str = key("folder written by `megatron-deft convert import`", legal=NOT_EMPTY)
+    dtype: Literal["fp32", "bf16"] = key(
+        "precision of weights and activations; gradients and optimizer state are fp32 in both", "bf16"
+    )
+    attention_dropout: float = key("probability of dropping an attention weight", 0.0, BELOW_1)
+    hidden_dropout: float = key("probability of dropping a residual-branch output", 0.0, BELOW_1)
+    recompute: Literal["none", "full"] = key(
+        "activations kept for the backward pass: all, or each layer's input alone (less memory, "
+        "about a third more compute)", "none"
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the processes share the model; the rest of them is data parallel."""
+
+    path: ClassVar[str] = "parallel."
+    tensor: int = key("processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1)
+    pipeline: int = key("processes that share the layers, in consecutive blocks", 1, AT_LEAST_1)
+    context: int = key("processes that share a sequence; only 1 for now", 1, AT_LEAST_1)
+    sequence: bool = key("shard norms and dropout over the sequence among the tensor ranks", False)
+    distributed_optimizer: bool = key("shard optimizer state among the data-parallel ranks", True)
+    overlap_grad_reduce: bool = key("reduce gradients while the backward pass still runs", False)
+    vocab_pad_multiple: int = key(
+        "the vocabulary is padded to a multiple of this times parallel.tensor", 128, AT_LEAST_1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Section):
+    """What is trained on and how rows become tokens."""
+
+    path: ClassVar[str] = "data."
+    train_files: tuple[str, ...] = key("training files, parquet or JSONL", legal=NOT_EMPTY)
+    val_files: tuple[str, ...] = key("validation files, parquet or JSONL; may be empty", ())
+    format: Literal["auto", "columns", "messages"] = key(
+        "rows hold a prompt and a response column, or a list of chat messages", "auto"
+    )
+    prompt_key: str = key("column of the prompt", "extra_info", NOT_EMPTY)
+    response_key: str = key("column of the response", "extra_info", NOT_EMPTY)
+    prompt_dict_keys: tuple[str, ...] = key(
+        "keys to follow inside the prompt column; null: the column is text", ("question",)
+    )
+    response_dict_keys: tuple[str, ...] = key(
+        "keys to follow inside the response column; null: the column is text", ("answer",)
+    )
+    messages_key: str = key("column of the chat messages (format messages)", "messages", NOT_EMPTY)
+    max_length: int = key("longest sample in tokens, prompt and response together", 2048, AT_LEAST_1)
+    truncation: Literal["right", "error", "drop"] = key(
+        "a longer sample is cut at its end, stops the run, or is left out", "right"
+    )
+    use_original_prompt: bool = key("the prompt is whole as it is: apply no chat template", False)
+    show_sample: bool = key("print the first sample with its trained tokens marked", True)
+    shuffle: bool = key("a new order each epoch, drawn from seed", True)
+    val_max_samples: int | None = key("validate on the first so many rows; null: all", None, AT_LEAST_1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """AdamW and the learning-rate schedule."""
+
+    path: ClassVar[str] = "optim."
+    lr: float = key("peak learning rate, reached when the warm-up ends", 1e-5, ABOVE_0)
+    min_lr: float = key("learning rate where cosine, linear and wsd end; <= lr", 0.0, AT_LEAST_0)
+    schedule: Literal["cosine", "wsd", "constant", "linear"] = key(
+        "shape after the warm-up; wsd (warm-up, stable, decay) holds lr, then falls as a cosine", "cosine"
+    )
+    warmup_ratio: float = key("share of all steps spent in linear warm-up from 0", 0.1, FRACTION)
+    warmup_steps: int | None = key("warm-up in steps; takes the place of warmup_ratio", None, AT_LEAST_0)
+    wsd_decay_ratio: float = key("wsd: share of the steps after warm-up spent in decay", 0.1, FRACTION)
+    betas: tuple[float, float] = key("decay of the two moments", (0.9, 0.95), BELOW_1)
+    eps: float = key("added to the root of the second moment", 1e-8, ABOVE_0)
+    weight_decay: float = key("decoupled weight decay, per unit of learning rate", 0.01, AT_LEAST_0)
+    clip_grad: float = key("largest gradient norm over all parameters; 0: no clipping", 1.0, AT_LEAST_0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """How long to train and what to keep on the way. A step is one optimizer update."""
+
+    path: ClassVar[str] = "train."
+    global_batch: int = key("samples in one step, over all processes", 256, AT_LEAST_1)
+    micro_batch: int = key("samples in one forward pass of one data-parallel rank", 1, AT_LEAST_1)
+    epochs: float | None = key("passes over the data; 1 unless steps is given", None, ABOVE_0)
+    steps: int | None = key("number of steps; excludes epochs", None, AT_LEAST_1)
+    save_every: int | None = key("steps between checkpoints; null: none on the way", None, AT_LEAST_1)
+    keep_checkpoints: int | None = key("newest checkpoints to keep; null: all", None, AT_LEAST_1)
+    save_at_end: bool = key("write a checkpoint after the last step", True)
+    val_every: int | None = key("steps between validations; null: after the last", None, AT_LEAST_1)
+    log_every: int = key("steps between progress lines; metrics.jsonl gets every step", 1, AT_LEAST_1)
+    resume: str = key(
+        "no: start at step 0; auto: go on from the newest whole checkpoint of run_dir if there is one; "
+        "must: fail if there is none; anything else: the checkpoint folder to go on from",
+        "no", NOT_EMPTY,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """One of epochs and steps; epochs=1 when neither is given."""
+        super().__post_init__()
+        if self.epochs is not None and self.steps is not None:
+            raise UserError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} exclude each other: "
+                "drop one, or set it to null"
+            )
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig(Section):
+    """Where metrics go beside run_dir/metrics.jsonl, which is always written."""
+
+    path: ClassVar[str] = "monitor."
+    tensorboard: Literal["auto", True, False] = key("auto: when tensorboard is installed", "auto")
+    wandb: bool = key("log to Weights & Biases (WANDB_MODE=offline works without network)", False)
+    project: str = key("W&B project", "megatron_deft", NOT_EMPTY)
+    experiment: str | None = key("W&B run name; null: the name of run_dir", None, NOT_EMPTY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Section):
+    """A training run, whole."""
+
+    objective: str = key("training objective; `megatron-deft objectives` lists them", "deft")
+    reduction: Literal["token", "micro_batch", "sample"] = key(
+        "mean over the trained tokens of the global batch; or per micro-batch and rank, then over "
+        "those (as the released trainers do); or per sample, then over samples", "token"
+    )  # fmt: skip
+    seed: int = key("of data order, dropout and initialisation", 1234, AT_LEAST_0)
+    run_dir: str = key("folder of checkpoints, metrics and logs; made if absent", legal=NOT_EMPTY)
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+
+    def data_parallel(self, world_size: int) -> int:
+        """Number of data-parallel ranks among `world_size` processes."""
+        parallel = self.parallel
+        return world_size // (parallel.tensor * parallel.pipeline * parallel.context)
+
+    def micro_batches(self, world_size: int) -> int:
+        """Micro-batches that one data-parallel rank runs in one step."""
+        return self.train.global_batch // (self.train.micro_batch * self.data_parallel(world_size))
+
+    def validate(self, world_size: int, spec: ModelShape | None) -> None:
+        """Refuse what cannot run on `world_size` processes with the model `spec` (None: unknown).
+
+        Errors: UserError, one line naming key, value and what is legal.
+        """
+        # config is imported by everything; it needs the objectives' parser here alone.
+        from megatron_deft.objectives import parse
+
+        parse(self.objective)
+        self._validate_training()
+        self._validate_layout(world_size)
+        if spec is not None:
+            self._validate_model(spec)
+
+    def _validate_training(self) -> None:
+        optim, train = self.optim, self.train
+        if optim.min_lr > optim.lr:
+            raise UserError(f"optim.min_lr={optim.min_lr:g}: must be <= optim.lr={optim.lr:g}")
+        if optim.warmup_steps and train.steps and optim.warmup_steps > train.steps:
+            raise UserError(
+                f"optim.warmup_steps={optim.warmup_steps}: must be <= train.steps={train.steps}"
+            )
+        if train.val_every is not None and not self.data.val_files:
+            raise UserError(
+                f"train.val_every={train.val_every} without data.val_files: name files, or set it to null"
+            )
+
+    def _validate_layout(self, world_size: int) -> None:
+        parallel, train = self.parallel, self.train
+        if parallel.context != 1:
+            raise UserError(
+                f"parallel.context={parallel.context}: only 1 is supported for now; "
+                "use parallel.tensor with parallel.sequence=true for long sequences"
+            )
+        if parallel.sequence and parallel.tensor == 1:
+            raise UserError(
+                "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
+                "set it to false, or parallel.tensor to 2 or more"
+            )
+        if parallel.sequence and self.data.max_length % parallel.tensor:
+            raise UserError(
+                f"data.max_length={self.data.max_length}: must be a multiple of "
+                f"parallel.tensor={parallel.tensor} with parallel.sequence=true"
+            )
+        model_size = parallel.tensor * parallel.pipeline * parallel.context
+        if world_size < 1 or world_size % model_size:
+            raise UserError(
+                f"{world_size} processes cannot hold parallel.tensor={parallel.tensor} x "
+                f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context}: "
+                f"start a multiple of {model_size} (--nproc-per-node x --nnodes)"
+            )
+        ranks = self.data_parallel(world_size)
+        if train.global_batch % (train.micro_batch * ranks):
+            raise UserError(
+                f"train.global_batch={train.global_batch}: must be a multiple of "
+                f"train.micro_batch={train.micro_batch} x {ranks} data-parallel ranks = "
+                f"{train.micro_batch * ranks}"
+            )
+
+    def _validate_model(self, spec: ModelShape) -> None:
+        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
+        for name, size, what in (
+            ("tensor", spec.num_attention_heads, "attention heads"),
+            ("tensor", spec.num_query_groups, "key-value heads (query groups)"),
+            ("tensor", spec.ffn_hidden_size, "feed-forward channels"),
+            ("pipeline", spec.num_layers, "layers"),
+        ):
+            parts = {"tensor": tensor, "pipeline": pipeline}[name]
+            if size % parts:
+                legal = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
+                raise UserError(
+                    f"parallel.{name}={parts}: must divide the model's {size} {what}: {legal}"
+                )
+        if self.data.max_length > spec.max_position_embeddings:
+            raise UserError(
+                f"data.max_length={self.data.max_length}: the model knows "
+                f"{spec.max_position_embeddings} positions (max_position_embeddings); set at most that"
+            )
+
+
+def is_required(declaration: Any) -> bool:
+    """Whether a dataclass field has no default."""
+    return declaration.default is MISSING and declaration.default_factory is MISSING

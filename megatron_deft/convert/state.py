@@ -1,0 +1,172 @@
+"""Reading and writing FOLDER/state tensor by tensor: megatron's torch_dist format, streamed.
+
+`megatron.core.dist_checkpointing.save` was rejected here: it wants the whole model in memory, a
+process group, a built model and a forked writer. What it writes is torch.distributed.checkpoint
+plus two small files, so that is what these functions write, one tensor at a time and without any
+process group; megatron's own `dist_checkpointing.load` reads it at any TP/PP layout.
+
+Layers are stored stacked: `decoder.layers.mlp.linear_fc2.weight` has shape [layers, h, f] and every
+layer is one chunk of it. Other checkpoints spell the layer in the key (`decoder.layers.3.mlp...`);
+both are read.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    LoadPlan,
+    ReadItem,
+    SavePlan,
+    WriteItem,
+)
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from megatron_deft.errors import UserError
+
+FILE_BYTES = 4 * 2**30  # a new .distcp file begins after this much
+LAYERS = "decoder.layers."
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of one stored tensor, made only when its turn to be written comes."""
+
+    key: str
+    size: tuple[int, ...]  # of the whole stored tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]  # of this piece
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of this piece."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+class _SavePlanner(DefaultSavePlanner):
+    def __init__(self, chunks: Sequence[Chunk]) -> None:
+        super().__init__()
+        self._chunks = {_index(chunk): chunk for chunk in chunks}
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        chunk = self._chunks[write_item.index]
+        tensor = chunk.load().contiguous()
+        assert tensor.shape == chunk.shape, f"{chunk.key}: {tensor.shape} is not {chunk.shape}"
+        assert tensor.dtype == chunk.dtype, f"{chunk.key}: {tensor.dtype} is not {chunk.dtype}"
+        return tensor
+
+
+def _index(chunk: Chunk) -> MetadataIndex:
+    return MetadataIndex(chunk.key, torch.Size(chunk.offsets))
+
+
+def _write_item(chunk: Chunk) -> WriteItem:
+    data = TensorWriteData(
+        chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)),
+        properties=TensorProperties(dtype=chunk.dtype),
+        size=torch.Size(chunk.size),
+    )
+    return WriteItem(index=_index(chunk), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def _by_file(chunks: Sequence[Chunk], limit: int) -> Iterator[list[Chunk]]:
+    group: list[Chunk] = []
+    for chunk in chunks:
+        if group and sum(c.bytes for c in group) + chunk.bytes > limit:
+            yield group
+            group = []
+        group.append(chunk)
+    if group:
+        yield group
+
+
+def write_state(folder: Path, chunks: Sequence[Chunk], file_bytes: int = FILE_BYTES) -> None:
+    """Write `chunks` as a torch_dist checkpoint into the new `folder`, holding one at a time.
+
+    Each file is planned as the share of one rank, which is how the format numbers its files.
+    """
+    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+
+    folder.mkdir(parents=True)
+    planner, writer = _SavePlanner(chunks), FileSystemWriter(folder)
+    plans = [SavePlan([_write_item(c) for c in group]) for group in _by_file(chunks, file_bytes)]
+    plans, metadata = create_default_global_save_plan(plans)
+    writer.set_up_storage_writer(True)
+    plans = writer.prepare_global_plan(plans)
+    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
+    torch.save({}, folder / "common.pt")
+    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+
+
+class _LoadPlanner(DefaultLoadPlanner):
+    def __init__(self, target: Tensor) -> None:
+        super().__init__()
+        self._target = target
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        target = self._target
+        for dim, (start, n) in enumerate(
+            zip(read_item.dest_offsets, read_item.lengths, strict=True)
+        ):
+            target = target.narrow(dim, start, n)
+        return target
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        pass
+
+
+class StateReader:
+    """Reads any part of any tensor of a torch_dist checkpoint, whatever layout wrote it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = FileSystemReader(folder)
+        try:
+            metadata = self._reader.read_metadata()
+        except FileNotFoundError:
+            raise UserError(
+                f"{folder} holds no .metadata, so it is no megatron dist_checkpointing folder: "
+                "name a finished checkpoint"
+            ) from None
+        self._reader.set_up_storage_reader(metadata, True)
+        self.tensors: dict[str, TensorStorageMetadata] = {
+            key: value
+            for key, value in metadata.state_dict_metadata.items()
+            if isinstance(value, TensorStorageMetadata)
+        }
+
+    def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """The part [offsets, offsets + shape) of tensor `key`, in its stored dtype.
+
+        Errors: UserError when the checkpoint does not hold all of it.
+        """
+        stored = self.tensors[key]
+        target = torch.empty(shape, dtype=stored.properties.dtype)
+        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
+        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        found = sum(prod(item.lengths) for item in items)
+        if found != target.numel():
+            raise UserError(
+                f"{self._folder}: {key} at {list(offsets)} holds {found} of {target.numel()} "
+                "values: the checkpoint is damaged, use another one"
+            )
+        self._reader.read_data(LoadPlan(items), _LoadPlanner(target)).wait()
+        return target

@@ -1,0 +1,9 @@
+"""The one exception a user can cause."""
+
+
+class UserError(ValueError):
+    """A mistake outside the program: a missing file, a bad key, an impossible layout.
+
+    The message is one line that says what is wrong, where, what is legal and the mend. The command
+    line prints it alone and exits with code 2; `--traceback` shows the stack as well.
+    """

@@ -1,0 +1,76 @@
+"""The operators of the loss, chosen by device: the compiled kernels, else their plain twins.
+
+`MEGATRON_DEFT_OPS=reference` forces the twins, `native` makes a missing kernel an error; the
+default, `auto`, uses the twins with one warning. Both compute the same thing; only memory and time
+differ.
+"""
+
+import os
+import warnings
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from megatron_deft.errors import UserError
+from megatron_deft.ops import native, reference
+
+MODES = ("auto", "native", "reference")
+
+
+@cache
+def _choose(device_type: str, mode: str) -> ModuleType:
+    if mode not in MODES:
+        raise UserError(f"MEGATRON_DEFT_OPS={mode}: legal are {', '.join(MODES)}")
+    if mode == "reference":
+        return reference
+    if device_type in native.devices():
+        return native
+    reason = native.missing(device_type)
+    if mode == "native":
+        raise UserError(f"MEGATRON_DEFT_OPS=native, but {reason}")
+    warnings.warn(f"megatron_deft uses its plain torch operators: {reason}", stacklevel=2)
+    return reference
+
+
+def implementation(device: torch.device) -> ModuleType:
+    """The module whose row_stats, row_topk, gate_grad and gate_grad_ serve tensors on `device`."""
+    return _choose(device.type, os.environ.get("MEGATRON_DEFT_OPS", "auto"))
+
+
+def row_stats(
+    logits: Tensor, labels: Tensor, vocab_start: int, vocab_valid: int, ignore_index: int
+) -> Tensor:
+    """See `reference.row_stats`."""
+    return implementation(logits.device).row_stats(
+        logits, labels, vocab_start, vocab_valid, ignore_index
+    )
+
+
+def row_topk(
+    logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int
+) -> Tensor:
+    """See `reference.row_topk`."""
+    return implementation(logits.device).row_topk(logits, labels, k, vocab_valid, ignore_index)
+
+
+def gate_grad(
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    scale: Tensor,
+    target_grad: Tensor,
+    vocab_start: int,
+    vocab_valid: int,
+    ignore_index: int,
+    *,
+    inplace: bool,
+) -> Tensor:
+    """See `reference.gate_grad`; with `inplace` the result is `logits` itself, overwritten."""
+    ops = implementation(logits.device)
+    arguments = (labels, row_max, scale, target_grad, vocab_start, vocab_valid, ignore_index)
+    if not inplace:
+        return ops.gate_grad(logits, *arguments)
+    ops.gate_grad_(logits, *arguments)
+    return logits

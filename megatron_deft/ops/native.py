@@ -1,0 +1,58 @@
+"""The compiled operators `torch.ops.megatron_deft.*` of csrc, with their fake kernels."""
+
+import torch
+from torch import Tensor
+
+try:
+    from megatron_deft import _C  # type: ignore[attr-defined]  # importing it registers the ops
+
+    _problem = ""
+except ImportError as error:
+    _C = None
+    _problem = str(error)
+
+REBUILD = "build it: pip install --no-build-isolation -e ."
+
+
+def devices() -> tuple[str, ...]:
+    """Device types that have compiled kernels."""
+    if _C is None:
+        return ()
+    return ("cpu", "cuda") if _C.cuda else ("cpu",)
+
+
+def missing(device_type: str) -> str:
+    """Why `device_type` has no compiled kernel, and the mend."""
+    if _C is None:
+        return f"the extension megatron_deft._C does not load ({_problem}); {REBUILD}"
+    return (
+        f"the extension megatron_deft._C was built without kernels for {device_type}; "
+        f"re{REBUILD}, with a torch that has CUDA, and nvcc (CUDA_HOME)"
+    )
+
+
+if _C is not None:
+    row_stats = torch.ops.megatron_deft.row_stats
+    row_topk = torch.ops.megatron_deft.row_topk
+    gate_grad = torch.ops.megatron_deft.gate_grad
+    gate_grad_ = torch.ops.megatron_deft.gate_grad_
+
+    @torch.library.register_fake("megatron_deft::row_stats")
+    def _(
+        logits: Tensor, labels: Tensor, vocab_start: int, vocab_valid: int, ignore_index: int
+    ) -> Tensor:
+        return logits.new_empty(5, labels.numel(), dtype=torch.float32)
+
+    @torch.library.register_fake("megatron_deft::row_topk")
+    def _(
+        logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int
+    ) -> Tensor:
+        return logits.new_empty(k, labels.numel(), dtype=torch.float32)
+
+    @torch.library.register_fake("megatron_deft::gate_grad")
+    def _(logits: Tensor, *rows: object) -> Tensor:
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("megatron_deft::gate_grad_")
+    def _(logits: Tensor, *rows: object) -> None:
+        return None

@@ -1,0 +1,132 @@
+"""Which device a process computes on, and the start and end of torch.distributed and megatron-core.
+
+The one place that asks whether there is a GPU.
+"""
+
+import os
+import random
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from megatron_deft.errors import UserError
+from megatron_deft.platform.cpu import (
+    cpu_platform,
+    enter_cpu_platform,
+    hide_transformer_engine,
+    leave_cpu_platform,
+)
+
+__all__ = [
+    "backend",
+    "cpu_platform",
+    "device",
+    "enter_cpu_platform",
+    "hide_transformer_engine",
+    "initialize",
+    "leave_cpu_platform",
+    "shutdown",
+]
+
+TORCHRUN_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SEED_STEP_PER_PIPELINE_STAGE = 100  # as Megatron-LM spaces them
+
+_owns_process_group = False  # whether initialize(), not its caller, started torch.distributed
+
+
+def device() -> torch.device:
+    """The device of this rank: its GPU (torch's current one, see initialize) or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def backend() -> str:
+    """The torch.distributed backend that goes with device(): "nccl" or "gloo"."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 1234) -> None:
+    """Start torch.distributed, megatron-core's process groups and the random generators.
+
+    torch.distributed is used as it is when it runs already, else started from torchrun's
+    environment, else as a world of one process (no port, no file). On a machine without a GPU
+    megatron-core is redirected to the CPU for the rest of the process.
+
+    Args:
+        tensor, pipeline, context: parallel sizes; the rest of the world is data parallel.
+        seed: of python, numpy, torch and megatron-core's generators; at least 0. Pipeline stages
+            draw differently, and so do tensor-parallel ranks inside tensor-parallel regions;
+            data-parallel ranks draw alike.
+
+    Errors: UserError when the parallel sizes do not divide the world or the environment has only
+    some of torchrun's variables.
+    """
+    enter_cpu_platform()
+    from megatron.core import parallel_state
+
+    assert not parallel_state.model_parallel_is_initialized(), "shutdown() first"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    _start_torch_distributed()
+    try:
+        _check_layout(tensor, pipeline, context)
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=tensor,
+            pipeline_model_parallel_size=pipeline,
+            context_parallel_size=context,
+        )
+        seed_everything(seed)
+    except BaseException:
+        shutdown()
+        raise
+
+
+def _start_torch_distributed() -> None:
+    global _owns_process_group
+    if dist.is_initialized():
+        return
+    missing = [name for name in TORCHRUN_ENVIRONMENT if name not in os.environ]
+    if not missing:
+        dist.init_process_group(backend())
+    elif len(missing) == len(TORCHRUN_ENVIRONMENT):
+        dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
+    else:  # Not a world of one: eight such processes would train eight separate models.
+        raise UserError(
+            f"environment: {', '.join(missing)} not set while other variables of torchrun are: "
+            f"start with torchrun, or unset {', '.join(TORCHRUN_ENVIRONMENT)} for one process"
+        )
+    _owns_process_group = True
+
+
+def _check_layout(tensor: int, pipeline: int, context: int) -> None:
+    world, model = dist.get_world_size(), tensor * pipeline * context
+    if model < 1 or world % model:
+        raise UserError(
+            f"parallel: tensor {tensor} x pipeline {pipeline} x context {context} = {model} must "
+            f"divide the {world} started process(es): change the sizes or torchrun --nproc-per-node"
+        )
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy, torch and megatron-core's RNG tracker; parallel_state must be up."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    seed += SEED_STEP_PER_PIPELINE_STAGE * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def shutdown() -> None:
+    """Undo initialize(). Idempotent; a process group that the caller started is left running."""
+    global _owns_process_group
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if _owns_process_group and dist.is_initialized():
+        dist.destroy_process_group()
+    _owns_process_group = False

@@ -1,0 +1,148 @@
+"""Lets megatron-core run on CPU + gloo, for tests, small runs and machines without a GPU.
+
+megatron-core 0.16 spells its device "cuda" in schedules, optimizer, gradient buffers, RNG tracker and
+checkpoint reader. Nothing in it needs a GPU beyond that spelling, so each spelling is redirected:
+every redirection below says which call of megatron-core asks for it. Where CUDA is available the
+whole file does nothing.
+
+Rejected: a patched copy of megatron-core (must be kept for every version), a `torch` proxy inside each
+of its modules (some twenty, some imported late), `torch.set_default_device` (does not touch an
+explicit device="cuda").
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+_stack: ExitStack | None = None  # what undoes the redirections; None while they are not in force
+
+
+def hide_transformer_engine() -> None:
+    """Without a GPU, make `import transformer_engine` an ImportError, before megatron-core tries it.
+
+    TransformerEngine raises RuntimeError on a machine without a GPU; megatron-core expects
+    ImportError, so a container that ships TransformerEngine could not convert a checkpoint on a CPU
+    node. None in sys.modules is Python's own way to say that a package is not there.
+    """
+    if not torch.cuda.is_available() and "transformer_engine" not in sys.modules:
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Answers megatron-core's own requests for a CUDA tensor with a CPU one.
+
+    A mode sees every torch call, whichever module makes it and however late it is imported; autograd
+    runs a CPU backward on the thread that called it, with the modes of that thread, so hooks and
+    recomputation see it too. Only callers inside megatron-core are answered: a user who writes
+    device="cuda" still gets torch's error.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        # torch.zeros([], device="cuda") in schedules, clip_grads, optimizer, param_and_grad_buffer;
+        # torch.empty_like(t, device="cuda") in dist_checkpointing.
+        if "device" in kwargs and _is_cuda(kwargs["device"]) and _called_from_megatron():
+            kwargs = {**kwargs, "device": CPU}
+        # weight.data.cuda() for tied embeddings, tensor.cuda() in dist_checkpointing: identity.
+        elif func is torch.Tensor.cuda and _called_from_megatron():
+            return args[0]
+        # The optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"`.
+        elif func is torch.Tensor.type and len(args) == 1 and not kwargs and _called_from_megatron():
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        return func(*args, **kwargs)
+
+
+def _is_cuda(device: Any) -> bool:
+    return device is not None and torch.device(device).type == "cuda"
+
+
+def _called_from_megatron() -> bool:
+    """Whether the torch call that the mode is looking at stands in megatron-core's source.
+
+    Frame 0 is this function, 1 the mode, 2 the caller: torch enters the mode from C.
+    """
+    return str(sys._getframe(2).f_globals.get("__name__", "")).startswith("megatron.core")
+
+
+def _get_rng_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+    torch.set_rng_state(state)
+
+
+def _is_real_warning(record: logging.LogRecord) -> bool:
+    """False for the RNG tracker's complaint that the CPU generator moved: here it has to."""
+    return "CPU RNG state changed" not in record.getMessage()
+
+
+def _redirect() -> ExitStack:
+    """Put every redirection in force and return the stack that takes them back."""
+    hide_transformer_engine()
+    from megatron.core.tensor_parallel import random
+
+    redirections: list[tuple[Any, str, Any]] = [
+        # torch.empty(..., device=torch.cuda.current_device()): layers, mappings, p2p, buffers.
+        (torch.cuda, "current_device", lambda: CPU),
+        # After p2p (batch_p2p_sync) and around checkpoints: gloo's wait() has already finished.
+        (torch.cuda, "synchronize", lambda device=None: None),
+        # The RNG tracker keeps one generator state per kind of parallelism and swaps them in the
+        # CUDA generator; here it swaps them in the CPU generator, the one that draws.
+        (torch.cuda, "manual_seed", torch.manual_seed),
+        (torch.cuda, "get_rng_state", _get_rng_state),
+        (torch.cuda, "set_rng_state", _set_rng_state),
+        # It sets states through torch._C and default_generators, which a CPU build lacks. Full
+        # recomputation replays dropout through these two as well.
+        (random, "_get_cuda_rng_state", _get_rng_state),
+        (random, "_set_cuda_rng_state", _set_rng_state),
+    ]
+    logger = logging.getLogger(random.__name__)
+    with ExitStack() as stack:
+        for owner, name, replacement in redirections:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, replacement)
+        logger.addFilter(_is_real_warning)
+        stack.callback(logger.removeFilter, _is_real_warning)
+        stack.enter_context(_CudaMeansCpu())
+        return stack.pop_all()
+
+
+def enter_cpu_platform() -> None:
+    """Redirect megatron-core to the CPU for the rest of the process. Idempotent; no-op with CUDA."""
+    global _stack
+    if _stack is None and not torch.cuda.is_available():
+        _stack = _redirect()
+
+
+def leave_cpu_platform() -> None:
+    """Take the redirections back. Idempotent."""
+    global _stack
+    if _stack is not None:
+        stack, _stack = _stack, None
+        stack.close()
+
+
+@contextmanager
+def cpu_platform() -> Iterator[None]:
+    """Redirect megatron-core to the CPU inside the block; blocks nest. No-op with CUDA."""
+    entered = _stack is None
+    enter_cpu_platform()
+    try:
+        yield
+    finally:
+        if entered:
+            leave_cpu_platform()

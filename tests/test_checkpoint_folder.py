@@ -1,0 +1,198 @@
+"""The manifest: damage of every kind is found and named, and the newest whole folder is picked."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_deft import checkpoint_folder as folders
+from megatron_deft.errors import UserError
+
+
+def make(path: Path, step: int = 1) -> Path:
+    """A folder with files of several sizes, a hidden one and an empty one, and its manifest."""
+    (path / "state").mkdir(parents=True)
+    (path / "hf").mkdir()
+    (path / "state" / "__0_0.distcp").write_bytes(os.urandom(3000))
+    (path / "state" / ".metadata").write_bytes(b"m" * 10)
+    (path / "hf" / "config.json").write_text("{}")
+    (path / "hf" / "empty").write_bytes(b"")
+    folders.write_manifest(
+        path, kind="training", spec={"family": "llama"}, step=step, objective="deft", base="a/b"
+    )
+    return path
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_one_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def test_manifest_round_trip(tmp_path: Path) -> None:
+    manifest = folders.read_manifest(make(tmp_path / "a", step=7))
+    assert {k: manifest[k] for k in ("format", "kind", "spec", "step", "objective", "base")} == {
+        "format": 1,
+        "kind": "training",
+        "spec": {"family": "llama"},
+        "step": 7,
+        "objective": "deft",
+        "base": "a/b",
+    }
+    assert list(manifest["files"]) == [
+        "hf/config.json",
+        "hf/empty",
+        "state/.metadata",
+        "state/__0_0.distcp",
+    ]
+    assert manifest["files"]["state/.metadata"]["bytes"] == 10
+    assert folders.verify(tmp_path / "a") == []
+
+
+def test_hashing_streams_over_block_borders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "x").write_bytes(bytes(range(256)) * 5)
+    whole = folders.hash_files(tmp_path, ["x"])
+    monkeypatch.setattr(folders, "BLOCK", 100)
+    assert folders.hash_files(tmp_path, ["x"]) == whole
+    assert whole["x"]["bytes"] == 1280
+
+
+def test_ranks_share_the_hashing(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    names = folders.list_files(path)
+    shares = [folders.hash_files(path, names[rank::3]) for rank in range(3)]
+    merged = {name: value for share in shares for name, value in share.items()}
+    assert merged == folders.read_manifest(path)["files"]
+    folders.write_manifest(path, kind="weights", spec={}, files=merged)
+    assert folders.verify(path) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (Path.unlink, "is missing"),
+        (truncate, "has 2999 bytes instead of 3000"),
+        (flip_one_bit, "does not match its blake2b"),
+    ],
+)
+def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
+    path = make(tmp_path / "a")
+    damage(path / "state" / "__0_0.distcp")
+    assert folders.verify(path) == [f"state/__0_0.distcp {says}" + " checksum" * ("blake" in says)]
+
+
+def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
+    path = make(tmp_path / "a")
+    flip_one_bit(path / "state" / "__0_0.distcp")
+    assert folders.verify(path, checksums=False) == []
+    assert len(folders.verify(path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "has no megatron_deft.json"),
+        ("{", "not readable JSON"),
+        ("[]", "lists no files"),
+        ('{"format": 2, "files": {}}', "has format 2, this version reads 1"),
+    ],
+)
+def test_unreadable_manifest(tmp_path: Path, text: str | None, says: str) -> None:
+    if text is not None:
+        (tmp_path / folders.MANIFEST).write_text(text)
+    with pytest.raises(UserError, match=says):
+        folders.read_manifest(tmp_path)
+    assert len(folders.verify(tmp_path)) == 1
+
+
+def test_newest_whole_skips_every_kind_of_damage_and_says_why(tmp_path: Path) -> None:
+    root = tmp_path / "run" / "checkpoints"
+    for step in range(1, 7):
+        make(root / folders.step_name(step), step)
+    (root / "step_00000006" / folders.MANIFEST).unlink()
+    (root / "step_00000005" / "state" / ".metadata").unlink()
+    truncate(root / "step_00000004" / "state" / "__0_0.distcp")
+    flip_one_bit(root / "step_00000003" / "state" / "__0_0.distcp")
+    make(root / ".step_00000007.tmp-4711")
+    (root / "notes.txt").write_text("not a checkpoint")
+    (root / "step_00000009").write_text("a file")
+
+    for start in (root, tmp_path / "run"):
+        path, skipped = folders.newest_whole(start)
+        assert path == root / "step_00000002"
+        reasons = {p.name: why for p, why in skipped}
+        assert list(reasons) == [
+            ".step_00000007.tmp-4711",
+            "step_00000006",
+            "step_00000005",
+            "step_00000004",
+            "step_00000003",
+        ]
+        assert "half-written" in reasons[".step_00000007.tmp-4711"]
+        assert "no megatron_deft.json" in reasons["step_00000006"]
+        assert reasons["step_00000005"] == "state/.metadata is missing"
+        assert "2999 bytes instead of 3000" in reasons["step_00000004"]
+        assert "blake2b" in reasons["step_00000003"]
+
+
+def test_newest_is_by_number_not_by_name(tmp_path: Path) -> None:
+    make(tmp_path / folders.step_name(99_999_999))
+    newest = make(tmp_path / folders.step_name(100_000_000))
+    assert folders.newest_whole(tmp_path) == (newest, [])
+    assert folders.resolve(tmp_path) == newest
+
+
+def test_nothing_to_resume_from(tmp_path: Path) -> None:
+    assert folders.newest_whole(tmp_path) == (None, [])
+    assert folders.newest_whole(tmp_path / "absent") == (None, [])
+
+
+def test_resolve(tmp_path: Path) -> None:
+    weights = make(tmp_path / "weights")
+    root = tmp_path / "run" / "checkpoints"
+    first, second = make(root / "step_00000001"), make(root / "step_00000002")
+    assert folders.resolve(str(weights)) == weights
+    assert folders.resolve(first) == first
+    assert folders.resolve(tmp_path / "run") == second, "no `latest`: the highest step"
+    folders.write_latest(root, "step_00000001")
+    assert (root / "latest").read_text() == "step_00000001\n"
+    for start in (tmp_path / "run", root, root / "latest"):
+        assert folders.resolve(start) == first
+    folders.write_latest(root, "step_00000002")
+    assert folders.resolve(tmp_path / "run") == second
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("absent", "does not exist"),
+        ("empty", "holds neither megatron_deft.json nor checkpoints"),
+        ("run/checkpoints/step_00000003/hf/config.json", "is a file"),
+        ("run", "step_00000004.*latest names it.*unfinished or gone"),
+    ],
+)
+def test_resolve_errors(tmp_path: Path, name: str, says: str) -> None:
+    (tmp_path / "empty").mkdir()
+    root = tmp_path / "run" / "checkpoints"
+    make(root / "step_00000003")
+    folders.write_latest(root, "step_00000004")
+    with pytest.raises(UserError, match=says):
+        folders.resolve(tmp_path / name)
+
+
+def test_is_a_leaf() -> None:
+    """Looking at a folder must not cost an import of torch or megatron."""
+    code = "import megatron_deft.checkpoint_folder, sys, json; print(json.dumps(list(sys.modules)))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(json.loads(out.stdout.splitlines()[-1]))
+    assert not loaded & {"torch", "megatron", "numpy", "transformers"}
