@@ -68,7 +68,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already: remove it, name another folder, or pass --overwrite")
+        raise UserError(f"{path} exists already: remove it, choose another, or pass --overwrite")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     shutil.rmtree(temporary, ignore_errors=True)

@@ -37,7 +37,8 @@ class Statistics:
     entropy:       Shannon entropy, nats
     is_argmax:     bool, no logit is larger than the target's (token accuracy)
     valid:         bool, the label is not ignored
-    topk_entropy:  entropy of the 20 largest probabilities renormalised to 1, nats; None unless asked for
+    topk_entropy:  entropy of the 20 largest probabilities renormalised to 1, nats; None unless
+                   asked for
     mean_p:        scalar, mean of p over the valid tokens of the batch; None unless asked for
     vocab_size:    number of real vocabulary entries
     """
@@ -53,8 +54,13 @@ class Statistics:
     vocab_size: int
 
 
+def _shortest(value: float | str) -> str:
+    """A number without a trailing .0, still read back as the same number."""
+    return str(value).removesuffix(".0")
+
+
 class Terms(NamedTuple):
-    """Per-token loss [..] fp32, gate [..] fp32, and keep [..] bool (None: every token is kept)."""
+    """Per-token loss and gate, fp32, and the tokens the objective keeps (None: all), bool."""
 
     loss: Tensor
     gate: Tensor
@@ -150,7 +156,7 @@ class Objective:
     """A parsed objective: `name` and `values` identify it, `spec` is its canonical spelling.
 
     topk:       k of the top-k entropy it needs, 0 if none
-    batch_mean: "micro_batch" or "data_parallel" when it needs the mean of p over that batch, or None
+    batch_mean: "micro_batch" or "data_parallel" when it needs the mean of p over that batch
     """
 
     name: str
@@ -159,8 +165,7 @@ class Objective:
     @property
     def spec(self) -> str:
         """Canonical spelling; `parse(objective.spec) == objective`."""
-        inner = ", ".join(f"{key}={value:g}" if isinstance(value, float) and float(f"{value:g}") == value
-                          else f"{key}={value}" for key, value in self.values)  # fmt: skip
+        inner = ", ".join(f"{key}={_shortest(value)}" for key, value in self.values)
         return f"{self.name}({inner})" if inner else self.name
 
     @property
@@ -174,11 +179,11 @@ class Objective:
         floor = dict(self.values).get("floor", "0")
         return None if floor == "0" else str(floor)
 
-    def __call__(self, statistics: Statistics) -> Terms:
-        """Per-token loss and gate (both 0 outside kept tokens) and the kept tokens, never None."""
+    def __call__(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
+        """Per-token loss and gate (both 0 outside kept tokens) and the kept tokens."""
         loss, gate, keep = OBJECTIVES[self.name].function(statistics, **dict(self.values))
         keep = statistics.valid if keep is None else keep & statistics.valid
-        return Terms(loss.masked_fill(~keep, 0.0), gate.masked_fill(~keep, 0.0), keep)
+        return loss.masked_fill(~keep, 0.0), gate.masked_fill(~keep, 0.0), keep
 
 
 _FINITE = Parameter("any finite number", math.isfinite)
@@ -259,7 +264,9 @@ def parse(spec: str | Objective) -> Objective:
         if key not in parameters or key in given:
             what = "given twice" if key in given else "unknown"
             legal = ", ".join(parameters) or "no parameter at all"
-            raise UserError(f"objective {spec!r}: parameter {key or value!r} is {what}; {name} takes {legal}")
+            raise UserError(
+                f"objective {spec!r}: parameter {key or value!r} is {what}; {name} takes {legal}"
+            )
         given[key] = value
     values = tuple((key, _value(spec, key, row, given.get(key))) for key, row in parameters.items())
     return Objective(name, values)
@@ -276,7 +283,9 @@ def _value(spec: str, key: str, parameter: Parameter, text: str | None) -> float
     except ValueError:
         value = math.nan
     if not parameter.accept(value):
-        raise UserError(f"objective {spec!r}: {key}={text} is not legal, it must be {parameter.legal}")
+        raise UserError(
+            f"objective {spec!r}: {key}={text} is not legal, it must be {parameter.legal}"
+        )
     return value
 
 

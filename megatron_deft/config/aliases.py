@@ -6,121 +6,94 @@ result), accepted with the one value that means what this project does, or refus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_deft.config.source import Setting
 from megatron_deft.errors import UserError
 
-Renamed = dict[str, Any]  # our key -> value
+
+class Rename(NamedTuple):
+    """Our key for a released one, and the values that are spelled otherwise there.
+
+    unset:  values that mean "not given" there
+    switch: true and false alone are legal
+    """
+
+    key: str
+    values: Mapping[Any, Any] = {}
+    unset: tuple[Any, ...] = ()
+    switch: bool = False
 
 
-def _to(name: str, **values: Any) -> Callable[[Any], Renamed]:
-    """Rename to `name`; `values` maps released spellings (of words and truth values) to ours."""
-    table = {spelling.strip("_"): value for spelling, value in values.items()}
-    return lambda value: {name: table.get(str(value), value)}
+def _switch(name: str, value_if_true: str) -> Rename:
+    """A released switch that, when true, is one value of ours."""
+    return Rename(name, {True: value_if_true}, unset=(False,), switch=True)
 
 
-def _interval(name: str) -> Callable[[Any], Renamed]:
-    """A number of steps where -1 means never."""
-    return _to(name, **{"-1": None})
-
-
-def _given(name: str) -> Callable[[Any], Renamed]:
-    """Rename to `name`; null means that the released default, which is ours too, applies."""
-    return lambda value: {} if value is None else {name: value}
-
-
-def _positive(name: str) -> Callable[[Any], Renamed]:
-    """Rename to `name`; 0 means "use the ratio" there."""
-    return lambda value: {} if value == 0 else {name: value}
-
-
-def _loggers(value: Any) -> Renamed:
-    """verl's list of loggers; the console and metrics.jsonl are always written here."""
-    names = [value] if isinstance(value, str) else value
-    legal = {"console": {}, "file": {}, "wandb": {"monitor.wandb": True},
-             "tensorboard": {"monitor.tensorboard": True}}  # fmt: skip
-    if not isinstance(names, list):
-        raise UserError(f"expected a list of {', '.join(legal)}")
-    if unknown := [name for name in names if name not in legal]:
-        raise UserError(f"logger {unknown[0]!r} is not supported: legal are {', '.join(legal)}")
-    return {key: setting for name in names for key, setting in legal[name].items()}
-
-
-def _multiturn(value: Any) -> Renamed:
-    return {"data.format": "messages"} if value is True else {}
-
-
-def _dft(value: Any) -> Renamed:
-    return {"objective": "dft"} if value is True else {}
-
-
-RENAMED: dict[str, Callable[[Any], Renamed]] = {
+RENAMED: dict[str, Rename] = {
     # verl: DEFT, Beyond-Log-Likelihood, DFT
-    "trainer.objective_trans": _to("objective"),
-    "data.train_batch_size": _to("train.global_batch"),
-    "data.micro_batch_size_per_gpu": _to("train.micro_batch"),
-    "data.micro_batch_size": _given("train.micro_batch"),
-    "data.multiturn.enable": _multiturn,
-    "data.multiturn.messages_key": _to("data.messages_key"),
-    "model.partial_pretrain": _to("model.load"),
-    "model.enable_gradient_checkpointing": _to("model.recompute", True_="full", False_="none"),
-    "model.fsdp_config.model_dtype": _to("model.dtype", bfloat16="bf16", float32="fp32"),
-    "optim.warmup_steps_ratio": _to("optim.warmup_ratio"),
-    "optim.lr_scheduler": _to("optim.schedule"),
-    "ulysses_sequence_parallel_size": _to("parallel.context"),
-    "trainer.default_local_dir": _to("run_dir"),
-    "trainer.project_name": _to("monitor.project"),
-    "trainer.experiment_name": _to("monitor.experiment"),
-    "trainer.logger": _loggers,
-    "trainer.seed": _to("seed"),
-    "trainer.total_epochs": _to("train.epochs"),
-    "trainer.total_training_steps": _given("train.steps"),
-    "trainer.save_freq": _interval("train.save_every"),
-    "trainer.test_freq": _interval("train.val_every"),
-    "trainer.max_ckpt_to_keep": _to("train.keep_checkpoints"),
-    "trainer.resume_mode": _to("train.resume", disable="no"),
-    "trainer.resume_from_path": _given("train.resume"),
+    "trainer.objective_trans": Rename("objective"),
+    "data.train_batch_size": Rename("train.global_batch"),
+    "data.micro_batch_size_per_gpu": Rename("train.micro_batch"),
+    "data.micro_batch_size": Rename("train.micro_batch", unset=(None,)),
+    "data.multiturn.enable": _switch("data.format", "messages"),
+    "data.multiturn.messages_key": Rename("data.messages_key"),
+    "model.partial_pretrain": Rename("model.load"),
+    "model.enable_gradient_checkpointing": Rename("model.recompute", {True: "full", False: "none"}),
+    "model.fsdp_config.model_dtype": Rename("model.dtype", {"bfloat16": "bf16", "float32": "fp32"}),
+    "optim.warmup_steps_ratio": Rename("optim.warmup_ratio"),
+    "optim.lr_scheduler": Rename("optim.schedule"),
+    "ulysses_sequence_parallel_size": Rename("parallel.context"),
+    "trainer.default_local_dir": Rename("run_dir"),
+    "trainer.project_name": Rename("monitor.project"),
+    "trainer.experiment_name": Rename("monitor.experiment"),
+    "trainer.seed": Rename("seed"),
+    "trainer.total_epochs": Rename("train.epochs"),
+    "trainer.total_training_steps": Rename("train.steps", unset=(None,)),
+    "trainer.save_freq": Rename("train.save_every", {-1: None}),
+    "trainer.test_freq": Rename("train.val_every", {-1: None}),
+    "trainer.max_ckpt_to_keep": Rename("train.keep_checkpoints"),
+    "trainer.resume_mode": Rename("train.resume", {"disable": "no"}, unset=("resume_path",)),
+    "trainer.resume_from_path": Rename("train.resume", unset=(None,)),
     # LLaMA-Factory and ms-swift: the keys of their DFT and EAFT recipes
-    "use_dft_loss": _dft,
-    "enable_dft_loss": _dft,
-    "learning_rate": _to("optim.lr"),
-    "lr": _to("optim.lr"),
-    "min_lr": _to("optim.min_lr"),
-    "lr_scheduler_type": _to(
-        "optim.schedule", constant_with_warmup="constant", warmup_stable_decay="wsd"
+    "use_dft_loss": _switch("objective", "dft"),
+    "enable_dft_loss": _switch("objective", "dft"),
+    "learning_rate": Rename("optim.lr"),
+    "lr": Rename("optim.lr"),
+    "min_lr": Rename("optim.min_lr"),
+    "lr_scheduler_type": Rename(
+        "optim.schedule", {"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"}
     ),
-    "warmup_ratio": _to("optim.warmup_ratio"),
-    "lr_warmup_fraction": _to("optim.warmup_ratio"),
-    "warmup_steps": _positive("optim.warmup_steps"),
-    "weight_decay": _to("optim.weight_decay"),
-    "max_grad_norm": _to("optim.clip_grad"),
-    "per_device_train_batch_size": _to("train.micro_batch"),
-    "micro_batch_size": _to("train.micro_batch"),
-    "global_batch_size": _to("train.global_batch"),
-    "num_train_epochs": _to("train.epochs"),
-    "max_epochs": _to("train.epochs"),
-    "max_steps": _interval("train.steps"),
-    "save_steps": _to("train.save_every"),
-    "save_interval": _to("train.save_every"),
-    "save_total_limit": _to("train.keep_checkpoints"),
-    "eval_steps": _to("train.val_every"),
-    "logging_steps": _to("train.log_every"),
-    "cutoff_len": _to("data.max_length"),
-    "max_length": _to("data.max_length"),
-    "model_name_or_path": _to("model.load"),
-    "output_dir": _to("run_dir"),
-    "tensor_model_parallel_size": _to("parallel.tensor"),
-    "pipeline_model_parallel_size": _to("parallel.pipeline"),
-    "sequence_parallel": _to("parallel.sequence"),
+    "warmup_ratio": Rename("optim.warmup_ratio"),
+    "lr_warmup_fraction": Rename("optim.warmup_ratio"),
+    "weight_decay": Rename("optim.weight_decay"),
+    "max_grad_norm": Rename("optim.clip_grad"),
+    "per_device_train_batch_size": Rename("train.micro_batch"),
+    "micro_batch_size": Rename("train.micro_batch"),
+    "global_batch_size": Rename("train.global_batch"),
+    "num_train_epochs": Rename("train.epochs"),
+    "max_epochs": Rename("train.epochs"),
+    "max_steps": Rename("train.steps", unset=(-1,)),
+    "save_steps": Rename("train.save_every"),
+    "save_interval": Rename("train.save_every"),
+    "save_total_limit": Rename("train.keep_checkpoints"),
+    "eval_steps": Rename("train.val_every"),
+    "logging_steps": Rename("train.log_every"),
+    "cutoff_len": Rename("data.max_length"),
+    "max_length": Rename("data.max_length"),
+    "model_name_or_path": Rename("model.load"),
+    "output_dir": Rename("run_dir"),
+    "tensor_model_parallel_size": Rename("parallel.tensor"),
+    "pipeline_model_parallel_size": Rename("parallel.pipeline"),
+    "sequence_parallel": Rename("parallel.sequence"),
 }
 
 NO_EFFECT: dict[str, str] = {
     "model.use_liger": "the loss kernels here are always fused",
     "model.strategy": "Megatron's distributed optimizer takes FSDP's place",
-    "model.fsdp_config.wrap_policy.min_num_params": "Megatron's distributed optimizer takes FSDP's place",
+    "model.fsdp_config.wrap_policy.min_num_params": "FSDP is not used",
     "model.use_shm": "weights are read where they are",
     "data.use_shm": "data are read where they are",
     "use_remove_padding": "padding tokens never count, with or without it",
@@ -133,7 +106,7 @@ NO_EFFECT: dict[str, str] = {
 _NONE = (None, "", 0, False)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.balance_dp_token": (
-        (False,), "reduction=token (the default) already weighs every token alike over all ranks"),
+        (False,), "reduction=token already weighs every token alike over all ranks"),
     "data.chat_template": (_NONE, "the template of the model's tokenizer is used"),
     "data.custom_cls.path": (_NONE, "data.format selects how rows are read"),
     "data.custom_cls.name": (_NONE, "data.format selects how rows are read"),
@@ -145,47 +118,95 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "model.fsdp_config.offload_params": (_NONE, "weights stay on the device"),
     "trainer.default_hdfs_dir": (_NONE, "checkpoints go to run_dir alone"),
     "trainer.nnodes": ((1,), "processes are started by `megatron-deft train --nnodes`"),
-    "trainer.n_gpus_per_node": ((), "processes are started by `megatron-deft train --nproc-per-node`"),
+    "trainer.n_gpus_per_node": (
+        (), "processes are started by `megatron-deft train --nproc-per-node`"),
     "gradient_accumulation_steps": (
         (), "set train.global_batch = micro-batch x accumulation steps x data-parallel ranks"),
     "use_asft_loss": (_NONE, "ASFT is no objective here; `megatron-deft objectives` lists them"),
 }  # fmt: skip
+
+LOGGERS: dict[str, str | None] = {
+    "console": None,  # always on here
+    "file": None,
+    "wandb": "monitor.wandb",
+    "tensorboard": "monitor.tensorboard",
+}
+"""What the names in verl's list `trainer.logger` switch on."""
 
 _EAFT = ("use_eaft_loss", "enable_eaft_loss")
 
 
 def released_names() -> list[str]:
     """Every released key that is understood, for suggestions."""
-    return [*RENAMED, *NO_EFFECT, *ONLY, *_EAFT, "eaft_alpha"]
+    return [*RENAMED, *NO_EFFECT, *ONLY, *_EAFT, "eaft_alpha", "trainer.logger"]
+
+
+def released_help() -> list[str]:
+    """One line per released key that has a counterpart here: `theirs -> ours`."""
+    special = {
+        "trainer.logger": "monitor.wandb, monitor.tensorboard",
+        "use_eaft_loss, enable_eaft_loss, eaft_alpha": "objective=eaft(power=ALPHA)",
+    }
+    rows = {name: rename.key for name, rename in RENAMED.items()} | special
+    return [f"{name} -> {ours}" for name, ours in rows.items()]
 
 
 def translate(settings: Iterable[Setting]) -> list[Setting]:
-    """The same settings under our names. Errors: UserError naming a released key and the reason."""
+    """The same settings under our names. Errors: UserError naming a released key and the reason.
+
+    Only spellings are translated: a key that is absent has this project's default.
+    """
     by_name = {setting.name: setting for setting in settings}
-    translated = _eaft(by_name)
+    translated = _eaft(by_name) + _loggers(by_name)
     for name, setting in by_name.items():
         if name in ONLY:
             legal, reason = ONLY[name]
-            if not any(setting.value is value or setting.value == value for value in legal):
-                raise UserError(f"{setting.where}: {name}={setting.value} is not supported: {reason}")
-        elif name in RENAMED and name != "trainer.resume_mode":
-            try:
-                ours = RENAMED[name](setting.value)
-            except UserError as error:
-                raise UserError(f"{setting.where}: {name}={setting.value}: {error}") from None
-            translated += [replace(setting, name=key, value=value) for key, value in ours.items()]
+            if setting.value not in legal:
+                raise _refusal(setting, f"not supported, leave it out: {reason}")
+        elif name in RENAMED:
+            translated += _renamed(setting, RENAMED[name])
         elif name not in NO_EFFECT:
             translated.append(setting)
     return translated
+
+
+def _refusal(setting: Setting, reason: str) -> UserError:
+    return UserError(f"{setting.where}: {setting.name}={setting.value}: {reason}")
+
+
+def _renamed(setting: Setting, rename: Rename) -> list[Setting]:
+    value = setting.value
+    if rename.switch and not isinstance(value, bool):
+        raise _refusal(setting, "expected true or false")
+    if isinstance(value, Hashable):
+        if value in rename.unset:
+            return []
+        value = rename.values.get(value, value)
+    return [replace(setting, name=rename.key, value=value, written=setting.name)]
 
 
 def _eaft(by_name: dict[str, Setting]) -> list[Setting]:
     """`use_eaft_loss` with `eaft_alpha`: two released keys that are one objective; removed here."""
     alpha = by_name.pop("eaft_alpha", None)
     flags = [by_name.pop(name) for name in _EAFT if name in by_name]
-    switched_on = [flag for flag in flags if flag.value is True]
-    if not switched_on:
-        return []  # there, too, alpha alone does nothing
     power = alpha.value if alpha else 1.0
-    override = switched_on[0].override or bool(alpha and alpha.override)
-    return [replace(switched_on[0], name="objective", value=f"eaft(power={power})", override=override)]
+    rename = _switch("objective", f"eaft(power={power})")
+    overridden = bool(alpha and alpha.override)
+    return [
+        # Without the switch alpha does nothing, there too.
+        replace(setting, override=setting.override or overridden)
+        for flag in flags
+        for setting in _renamed(flag, rename)
+    ]
+
+
+def _loggers(by_name: dict[str, Setting]) -> list[Setting]:
+    """verl's `trainer.logger`, one name or a list; removed here."""
+    setting = by_name.pop("trainer.logger", None)
+    if setting is None:
+        return []
+    names = [setting.value] if isinstance(setting.value, str) else setting.value
+    if not isinstance(names, list) or any(name not in LOGGERS for name in names):
+        raise _refusal(setting, f"expected a list of {', '.join(LOGGERS)}")
+    keys = [LOGGERS[name] for name in names]
+    return [replace(setting, name=key, value=True, written=setting.name) for key in keys if key]

@@ -6,9 +6,7 @@ on the number of processes or on the model is checked by `RunConfig.validate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
-from functools import cache
 from typing import Any, ClassVar, Literal, Protocol, get_type_hints
 
 from megatron_deft.config.values import (
@@ -34,16 +32,6 @@ class ModelShape(Protocol):
     max_position_embeddings: int
 
 
-@cache
-def hints(section: type) -> Mapping[str, Any]:
-    """Field name -> resolved type of a section."""
-    return {
-        name: hint
-        for name, hint in get_type_hints(section).items()
-        if name in section.__dataclass_fields__
-    }
-
-
 class Section:
     """A group of keys; `path` is what stands before them (`optim.`)."""
 
@@ -51,10 +39,10 @@ class Section:
 
     def __post_init__(self) -> None:
         """Check every key's type and range. Errors: UserError naming the first that is wrong."""
+        hints = get_type_hints(type(self))
         for declaration in fields(self):  # type: ignore[arg-type]
             name = declaration.name
-            hint = hints(type(self))[name]
-            value = getattr(self, name)
+            hint, value = hints[name], getattr(self, name)
             if isinstance(hint, type) and issubclass(hint, Section):
                 assert isinstance(value, hint), f"{name} must be a {hint.__name__}"
             else:
@@ -69,7 +57,8 @@ class ModelConfig(Section):
     path: ClassVar[str] = "model."
     load: str = key("folder written by `megatron-deft convert import`", legal=NOT_EMPTY)
     dtype: Literal["fp32", "bf16"] = key(
-        "precision of weights and activations; gradients and optimizer state are fp32 in both", "bf16"
+        "precision of weights and activations; gradients and optimizer state are fp32 in both",
+        "bf16",
     )
     attention_dropout: float = key("probability of dropping an attention weight", 0.0, BELOW_1)
     hidden_dropout: float = key("probability of dropping a residual-branch output", 0.0, BELOW_1)
@@ -84,7 +73,9 @@ class ParallelConfig(Section):
     """How the processes share the model; the rest of them is data parallel."""
 
     path: ClassVar[str] = "parallel."
-    tensor: int = key("processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1)
+    tensor: int = key(
+        "processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1
+    )
     pipeline: int = key("processes that share the layers, in consecutive blocks", 1, AT_LEAST_1)
     context: int = key("processes that share a sequence; only 1 for now", 1, AT_LEAST_1)
     sequence: bool = key("shard norms and dropout over the sequence among the tensor ranks", False)
@@ -114,14 +105,18 @@ class DataConfig(Section):
         "keys to follow inside the response column; null: the column is text", ("answer",)
     )
     messages_key: str = key("column of the chat messages (format messages)", "messages", NOT_EMPTY)
-    max_length: int = key("longest sample in tokens, prompt and response together", 2048, AT_LEAST_1)
+    max_length: int = key(
+        "longest sample in tokens, prompt and response together", 2048, AT_LEAST_1
+    )
     truncation: Literal["right", "error", "drop"] = key(
         "a longer sample is cut at its end, stops the run, or is left out", "right"
     )
     use_original_prompt: bool = key("the prompt is whole as it is: apply no chat template", False)
     show_sample: bool = key("print the first sample with its trained tokens marked", True)
     shuffle: bool = key("a new order each epoch, drawn from seed", True)
-    val_max_samples: int | None = key("validate on the first so many rows; null: all", None, AT_LEAST_1)
+    val_max_samples: int | None = key(
+        "validate on the first so many rows; null: all", None, AT_LEAST_1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +127,22 @@ class OptimConfig(Section):
     lr: float = key("peak learning rate, reached when the warm-up ends", 1e-5, ABOVE_0)
     min_lr: float = key("learning rate where cosine, linear and wsd end; <= lr", 0.0, AT_LEAST_0)
     schedule: Literal["cosine", "wsd", "constant", "linear"] = key(
-        "shape after the warm-up; wsd (warm-up, stable, decay) holds lr, then falls as a cosine", "cosine"
+        "shape after the warm-up; wsd (warm-up, stable, decay) holds lr, then falls as a cosine",
+        "cosine",
     )
     warmup_ratio: float = key("share of all steps spent in linear warm-up from 0", 0.1, FRACTION)
-    warmup_steps: int | None = key("warm-up in steps; takes the place of warmup_ratio", None, AT_LEAST_0)
-    wsd_decay_ratio: float = key("wsd: share of the steps after warm-up spent in decay", 0.1, FRACTION)
+    warmup_steps: int | None = key(
+        "warm-up in steps; takes the place of warmup_ratio", None, AT_LEAST_0
+    )
+    wsd_decay_ratio: float = key(
+        "wsd: share of the steps after warm-up spent in decay", 0.1, FRACTION
+    )
     betas: tuple[float, float] = key("decay of the two moments", (0.9, 0.95), BELOW_1)
     eps: float = key("added to the root of the second moment", 1e-8, ABOVE_0)
     weight_decay: float = key("decoupled weight decay, per unit of learning rate", 0.01, AT_LEAST_0)
-    clip_grad: float = key("largest gradient norm over all parameters; 0: no clipping", 1.0, AT_LEAST_0)
+    clip_grad: float = key(
+        "largest gradient norm over all parameters; 0: no clipping", 1.0, AT_LEAST_0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,14 +154,18 @@ class TrainConfig(Section):
     micro_batch: int = key("samples in one forward pass of one data-parallel rank", 1, AT_LEAST_1)
     epochs: float | None = key("passes over the data; 1 unless steps is given", None, ABOVE_0)
     steps: int | None = key("number of steps; excludes epochs", None, AT_LEAST_1)
-    save_every: int | None = key("steps between checkpoints; null: none on the way", None, AT_LEAST_1)
+    save_every: int | None = key(
+        "steps between checkpoints; null: none on the way", None, AT_LEAST_1
+    )
     keep_checkpoints: int | None = key("newest checkpoints to keep; null: all", None, AT_LEAST_1)
     save_at_end: bool = key("write a checkpoint after the last step", True)
     val_every: int | None = key("steps between validations; null: after the last", None, AT_LEAST_1)
-    log_every: int = key("steps between progress lines; metrics.jsonl gets every step", 1, AT_LEAST_1)
+    log_every: int = key(
+        "steps between progress lines; metrics.jsonl gets every step", 1, AT_LEAST_1
+    )
     resume: str = key(
-        "no: start at step 0; auto: go on from the newest whole checkpoint of run_dir if there is one; "
-        "must: fail if there is none; anything else: the checkpoint folder to go on from",
+        "no: start at step 0; auto: go on from the newest whole checkpoint of run_dir if there "
+        "is one; must: fail if there is none; else: the checkpoint folder to go on from",
         "no", NOT_EMPTY,
     )  # fmt: skip
 
@@ -237,7 +243,7 @@ class RunConfig(Section):
             )
         if train.val_every is not None and not self.data.val_files:
             raise UserError(
-                f"train.val_every={train.val_every} without data.val_files: name files, or set it to null"
+                f"train.val_every={train.val_every} needs data.val_files: name some, or set null"
             )
 
     def _validate_layout(self, world_size: int) -> None:
@@ -288,8 +294,8 @@ class RunConfig(Section):
                 )
         if self.data.max_length > spec.max_position_embeddings:
             raise UserError(
-                f"data.max_length={self.data.max_length}: the model knows "
-                f"{spec.max_position_embeddings} positions (max_position_embeddings); set at most that"
+                f"data.max_length={self.data.max_length}: must be <= the model's "
+                f"max_position_embeddings={spec.max_position_embeddings}"
             )
 
 

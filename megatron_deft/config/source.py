@@ -19,12 +19,18 @@ from megatron_deft.errors import UserError
 
 @dataclass(frozen=True)
 class Setting:
-    """One key (dotted, as the user wrote it), its value, and where it stands."""
+    """One key (dotted), its value, where it stands, and what the user wrote if not `name`."""
 
     name: str
     value: Any
     where: str
     override: bool = False
+    written: str = ""
+
+    @property
+    def place(self) -> str:
+        """Where it stands, in words for an error."""
+        return f"{self.where} ({self.written})" if self.written else self.where
 
 
 _RESOLVERS = (
@@ -46,9 +52,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Writes what `Loader` reads back unchanged: strings that look like numbers get quotes."""
-
-    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012
+    """Quotes every string that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _tag, _pattern, _first in _RESOLVERS:
@@ -83,7 +87,9 @@ def read_yaml(path: str | Path) -> list[Setting]:
     try:
         node = loader.get_single_node()
         if node is None:
-            raise UserError(f"{path} is empty: `megatron-deft train --help-config` prints every key")
+            raise UserError(
+                f"{path} is empty: `megatron-deft train --help-config` prints every key"
+            )
         settings = list(_flatten(loader, node, "", str(path)))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
@@ -117,7 +123,7 @@ def _refuse_duplicates(settings: Sequence[Setting]) -> None:
         if setting.name in seen:
             first = seen[setting.name].where.rpartition(":")[2]
             raise UserError(
-                f"{setting.where}: key {setting.name} is given twice (first on line {first}): keep one"
+                f"{setting.where}: key {setting.name} stands on line {first} already: keep one"
             )
         seen[setting.name] = setting
 
@@ -134,10 +140,12 @@ def read_overrides(overrides: Sequence[str]) -> list[Setting]:
         if not equals or not name:
             raise UserError(f"override {override!r}: expected key=value, such as optim.lr=2e-5")
         try:
-            value = yaml.load(text, Loader)  # noqa: S506  (Loader is a SafeLoader)
+            value = yaml.load(text, Loader)
         except yaml.YAMLError as error:
             raise UserError(f"override {override!r}: not YAML: {_one_line(error)}") from None
         if isinstance(value, dict):
-            raise UserError(f"override {override!r}: set one key at a time, such as {name}.KEY=value")
-        settings[name] = Setting(name, value, f"override {name}", override=True)
+            raise UserError(
+                f"override {override!r}: set one key at a time, such as {name}.KEY=value"
+            )
+        settings[name] = Setting(name, value, "override", override=True)
     return list(settings.values())

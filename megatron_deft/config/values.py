@@ -62,7 +62,7 @@ def _spell(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-class _WrongType(Exception):
+class _WrongTypeError(Exception):
     pass
 
 
@@ -76,11 +76,11 @@ def _convert(value: Any, hint: Any) -> Any:
         for argument in arguments:
             try:
                 return _convert(value, argument)
-            except _WrongType:
+            except _WrongTypeError:
                 continue
     elif origin is tuple:
         variadic = arguments[-1] is Ellipsis
-        # One name stands for a list of one, and null for an empty list, as in the released trainers.
+        # As in the released trainers: one name is a list of one, null an empty list.
         items = [value] if isinstance(value, str) else [] if value is None else value
         if isinstance(items, list | tuple) and (variadic or len(items) == len(arguments)):
             return tuple(_convert(item, arguments[0]) for item in items)
@@ -89,17 +89,19 @@ def _convert(value: Any, hint: Any) -> Any:
             return float(value)
     elif type(value) is hint or (hint is type(None) and value is None):
         return value
-    raise _WrongType
+    raise _WrongTypeError
 
 
 def checked(name: str, declaration: Field[Any], hint: Any, value: Any) -> Any:
-    """`value` converted to the key's type. Errors: UserError naming key, value and what is legal."""
+    """`value` as the key's type. Errors: UserError naming key, value and what is legal."""
     legal = declaration.metadata["legal"]
     try:
         converted = _convert(value, hint)
-    except _WrongType:
+    except _WrongTypeError:
         expected = type_words(hint) + (f", {legal.words}" if legal else "")
-        quote = f" (write it in quotes: '{_spell(value)}')" if _only_quotes_missing(value, hint) else ""
+        quote = (
+            f" (write it in quotes: '{_spell(value)}')" if _only_quotes_missing(value, hint) else ""
+        )
         raise UserError(f"{name}={_spell(value)}: expected {expected}{quote}") from None
     if legal is not None and converted is not None:
         parts = converted if isinstance(converted, tuple) and converted else (converted,)

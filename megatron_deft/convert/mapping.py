@@ -172,7 +172,7 @@ TRANSFORMS: dict[str, Transform] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Parameter:
     """One Megatron parameter of one model: a row with the layer and the sizes filled in."""
 
@@ -186,13 +186,32 @@ class Parameter:
         """Whether the stored tensor may have more rows than the Hugging Face one."""
         return self.transform == "vocab"
 
-    @property
-    def suffix(self) -> str:
-        """The name below its layer as the checkpoint spells it; the whole name outside layers."""
-        if self.layer is None:
-            return self.megatron
-        name = self.megatron.removeprefix(f"{LAYERS}{self.layer}.")
-        return CHECKPOINT_NAMES.get(name, name)
+
+class Slot(NamedTuple):
+    """Where a parameter lies in a checkpoint: a part of the stored tensor `key`."""
+
+    key: str
+    size: tuple[int, ...]  # of the whole stored tensor, without vocabulary padding
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]  # of the part
+
+
+def slots(parameter: Parameter, spec: ModelSpec) -> tuple[Slot, ...]:
+    """Where it may lie, the place that import writes to first.
+
+    Megatron stacks the layers under one key, [layers, ...], or gives each layer a key of its own.
+    """
+    shape, name = megatron_shape(parameter, spec), parameter.megatron
+    start = (0,) * len(shape)
+    if parameter.layer is None:
+        return (Slot(name, shape, start, shape),)
+    name = name.removeprefix(f"{LAYERS}{parameter.layer}.")
+    name = CHECKPOINT_NAMES.get(name, name)
+    stacked = (spec.num_layers, *shape)
+    return (
+        Slot(f"{LAYERS}{name}", stacked, (parameter.layer, *start), (1, *shape)),
+        Slot(f"{LAYERS}{parameter.layer}.{name}", shape, start, shape),
+    )
 
 
 def parameters(spec: ModelSpec) -> list[Parameter]:
@@ -228,3 +247,9 @@ def split(parameter: Parameter, tensor: Tensor, spec: ModelSpec) -> dict[str, Te
     """The Hugging Face tensors by name, contiguous; inverse of `join` to the last bit."""
     parts = TRANSFORMS[parameter.transform].split(tensor, spec)
     return {name: part.contiguous() for name, part in zip(parameter.hf, parts, strict=True)}
+
+
+def megatron_shape(parameter: Parameter, spec: ModelSpec) -> tuple[int, ...]:
+    """Shape of the whole Megatron parameter, without vocabulary padding."""
+    parts = [torch.empty(shape, device="meta") for shape in parameter.hf.values()]
+    return tuple(join(parameter, parts, spec).shape)

@@ -10,6 +10,7 @@ layer is one chunk of it. Other checkpoints spell the layer in the key (`decoder
 both are read.
 """
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -38,27 +39,31 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from megatron_deft.convert.mapping import Slot
 from megatron_deft.errors import UserError
 
+# CheckpointingConfig of megatron/core/dist_checkpointing/core.py: which reader to use.
+BACKENDS = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
 FILE_BYTES = 4 * 2**30  # a new .distcp file begins after this much
-LAYERS = "decoder.layers."
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of one stored tensor, made only when its turn to be written comes."""
+    """What fills one slot, made only when its turn to be written comes."""
 
-    key: str
-    size: tuple[int, ...]  # of the whole stored tensor
-    offsets: tuple[int, ...]
-    shape: tuple[int, ...]  # of this piece
+    slot: Slot
     dtype: torch.dtype
     load: Callable[[], Tensor]
 
     @property
     def bytes(self) -> int:
         """Bytes of this piece."""
-        return prod(self.shape) * self.dtype.itemsize
+        return prod(self.slot.shape) * self.dtype.itemsize
 
 
 class _SavePlanner(DefaultSavePlanner):
@@ -69,20 +74,24 @@ class _SavePlanner(DefaultSavePlanner):
     def resolve_data(self, write_item: WriteItem) -> Any:
         chunk = self._chunks[write_item.index]
         tensor = chunk.load().contiguous()
-        assert tensor.shape == chunk.shape, f"{chunk.key}: {tensor.shape} is not {chunk.shape}"
-        assert tensor.dtype == chunk.dtype, f"{chunk.key}: {tensor.dtype} is not {chunk.dtype}"
+        assert tensor.shape == chunk.slot.shape, (chunk.slot, tensor.shape)
+        assert tensor.dtype == chunk.dtype, (chunk.slot, tensor.dtype)
         return tensor
 
 
 def _index(chunk: Chunk) -> MetadataIndex:
-    return MetadataIndex(chunk.key, torch.Size(chunk.offsets))
+    return MetadataIndex(chunk.slot.key, torch.Size(chunk.slot.offsets))
+
+
+def _region(slot: Slot) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(slot.offsets), torch.Size(slot.shape))
 
 
 def _write_item(chunk: Chunk) -> WriteItem:
     data = TensorWriteData(
-        chunk=ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.shape)),
+        chunk=_region(chunk.slot),
         properties=TensorProperties(dtype=chunk.dtype),
-        size=torch.Size(chunk.size),
+        size=torch.Size(chunk.slot.size),
     )
     return WriteItem(index=_index(chunk), type=WriteItemType.SHARD, tensor_data=data)
 
@@ -103,8 +112,6 @@ def write_state(folder: Path, chunks: Sequence[Chunk], file_bytes: int = FILE_BY
 
     Each file is planned as the share of one rank, which is how the format numbers its files.
     """
-    from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-
     folder.mkdir(parents=True)
     planner, writer = _SavePlanner(chunks), FileSystemWriter(folder)
     plans = [SavePlan([_write_item(c) for c in group]) for group in _by_file(chunks, file_bytes)]
@@ -113,7 +120,7 @@ def write_state(folder: Path, chunks: Sequence[Chunk], file_bytes: int = FILE_BY
     plans = writer.prepare_global_plan(plans)
     writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
     torch.save({}, folder / "common.pt")
-    save_config(CheckpointingConfig("torch_dist", 1), str(folder))
+    (folder / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -153,20 +160,38 @@ class StateReader:
             if isinstance(value, TensorStorageMetadata)
         }
 
-    def read(self, key: str, offsets: Sequence[int], shape: Sequence[int]) -> Tensor:
-        """The part [offsets, offsets + shape) of tensor `key`, in its stored dtype.
+    def read(self, slot: Slot) -> Tensor:
+        """The tensor in `slot`, in its stored dtype.
 
         Errors: UserError when the checkpoint does not hold all of it.
         """
-        stored = self.tensors[key]
-        target = torch.empty(shape, dtype=stored.properties.dtype)
-        wanted = ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape))
-        items = create_read_items_for_chunk_list(key, stored, [wanted])
+        stored = self.tensors[slot.key]
+        target = torch.empty(slot.shape, dtype=stored.properties.dtype)
+        items = create_read_items_for_chunk_list(slot.key, stored, [_region(slot)])
         found = sum(prod(item.lengths) for item in items)
         if found != target.numel():
             raise UserError(
-                f"{self._folder}: {key} at {list(offsets)} holds {found} of {target.numel()} "
-                "values: the checkpoint is damaged, use another one"
+                f"{self._folder}: {slot.key} at {list(slot.offsets)} holds {found} of "
+                f"{target.numel()} values: the checkpoint is damaged, use another one"
             )
         self._reader.read_data(LoadPlan(items), _LoadPlanner(target)).wait()
         return target
+
+
+def load_model(model: torch.nn.Module, folder: str | Path) -> None:
+    """Load FOLDER/state (`folder` is the state folder) into this rank's GPTModel, in its dtype.
+
+    Every rank calls it, with whatever parallel layout the process groups have. Rows of vocabulary
+    padding become zero. Errors: megatron's CheckpointingException or KeyError when a parameter is
+    missing or has another shape.
+    """
+    from megatron.core import dist_checkpointing
+
+    wanted = model.sharded_state_dict()  # type: ignore[operator]
+    # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none.
+    wanted = {key: value for key, value in wanted.items() if not key.endswith("_extra_state")}
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    result = model.load_state_dict(loaded, strict=False)
+    missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+    assert not missing, missing
+    assert not result.unexpected_keys, result.unexpected_keys

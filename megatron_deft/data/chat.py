@@ -196,8 +196,9 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation: bo
         )
     except (TemplateError, TypeError, ValueError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
+        reason = " ".join(str(error).split())
         raise UserError(
-            f"chat template of {_name(tokenizer)} refuses the turns [{roles}]: {error}"
+            f"chat template of {_name(tokenizer)} refuses the turns [{roles}]: {reason}"
         ) from error
     assert isinstance(text, str)
     return text

@@ -58,8 +58,8 @@ def attach(
     ignore_index:     label of tokens that are not trained
     inplace_backward: write the gradient over the logits, which nothing else in megatron-core needs
 
-    The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label is
-    ignored; inference and labels=None are unchanged. Attaching again replaces the objective.
+    The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label
+    is ignored; inference and labels=None are unchanged. Attaching again replaces the objective.
     Errors: UserError when no module of `model` is a LanguageModule, or vocab_size does not fit.
     """
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -70,14 +70,14 @@ def attach(
         found = [module for module in root.modules() if isinstance(module, LanguageModule)]
         if not found:
             raise UserError(
-                f"attach: expected a megatron-core LanguageModule (GPTModel, MambaModel, ...), got "
-                f"{type(root).__name__}; for other models call megatron_deft.token_loss on the logits"
+                "attach: expected a megatron-core LanguageModule (GPTModel, MambaModel, ...), got "
+                f"{type(root).__name__}; for other models call megatron_deft.token_loss"
             )
         padded = getattr(found[0], "vocab_size", None)
         if padded is not None and not 0 < vocab_size <= padded:
             raise UserError(
-                f"attach: vocab_size={vocab_size} does not fit the model, whose (padded) vocabulary "
-                f"has {padded} entries; pass the tokenizer's size"
+                f"attach: vocab_size={vocab_size} does not fit the model, whose (padded) "
+                f"vocabulary has {padded} entries; pass the tokenizer's size"
             )
         for module in found:
             module.compute_language_model_loss = MethodType(  # type: ignore[assignment]

@@ -6,9 +6,7 @@ from torch import Tensor
 from megatron_deft.errors import UserError
 
 
-def reduce_loss(
-    loss: Tensor, keep: Tensor, reduction: str
-) -> tuple[Tensor, Tensor]:
+def reduce_loss(loss: Tensor, keep: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Numerator and denominator of a mean that stays right when both are summed over ranks.
 
     loss, keep: [batch, tokens] as `token_loss` and its statistics give them

@@ -25,8 +25,8 @@ class TokenStatistics:
     """What a call of `token_loss` saw, detached, each of the labels' shape (see `Statistics`).
 
     loss, gate: fp32, the objective's; 0 where keep is false
-    keep:       bool, the tokens that count: not ignored and not dropped by the objective's threshold.
-                A mean over tokens divides by their number.
+    keep:       bool, the tokens that count: neither ignored nor dropped by the objective's
+                threshold. A mean over tokens divides by their number.
     """
 
     loss: Tensor
@@ -53,7 +53,7 @@ class _Shard:
 
 @dataclass(frozen=True)
 class _Merged:
-    """Statistics over the whole vocabulary, each [N] fp32, and the top logits [k, N] if asked for."""
+    """Statistics over the whole vocabulary, [N] fp32, and the top logits [k, N] if asked for."""
 
     row_max: Tensor
     sum_exp: Tensor
@@ -68,9 +68,10 @@ def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[rows, N] on each rank -> [ranks, rows, N] on every rank, in rank order."""
     if group is None or dist.get_world_size(group) == 1:
         return local[None]
-    gathered = local.new_empty(dist.get_world_size(group), *local.shape)
+    ranks, (rows, tokens) = dist.get_world_size(group), local.shape
+    gathered = local.new_empty(ranks * rows, tokens)  # gloo wants the shards end to end
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered
+    return gathered.view(ranks, rows, tokens)
 
 
 def merge(parts: Tensor, valid: Tensor) -> _Merged:
@@ -224,9 +225,10 @@ def token_loss(
     """The objective's loss of every token, differentiable in `logits`.
 
     logits:           [..., V_local] fp32, bf16 or fp16, contiguous or not; V_local is V, or with
-                      `group` this rank's contiguous slice of it (rank r holds columns r * V_local on)
+                      `group` this rank's slice: rank r holds columns r * V_local and on
     labels:           [...] int64 or int32, global indices < vocab_size, or ignore_index; already
-                      shifted (labels[t] is what logits[t] predicts), the same on all ranks of `group`
+                      shifted (labels[t] is what logits[t] predicts); the same on all ranks of
+                      `group`
     objective:        a spec such as "deft", "dft", "tsallis(q=0.5)" (see `objectives.OBJECTIVES`)
     group:            torch.distributed process group over which the vocabulary is sharded
     vocab_size:       number of real entries; columns from there on are padding: they take no part
@@ -247,9 +249,7 @@ def token_loss(
     shard = _shard(logits, group, vocab_size, ignore_index)
     _check_labels(labels, shard)
     _check_batch_group(objective, batch_group)
-    loss, *rest = _TokenLoss.apply(
-        logits, labels, objective, shard, batch_group, inplace_backward
-    )
+    loss, *rest = _TokenLoss.apply(logits, labels, objective, shard, batch_group, inplace_backward)
     if not return_stats:
         return loss
     valid = labels != ignore_index
@@ -257,9 +257,7 @@ def token_loss(
     return loss, TokenStatistics(*fields)
 
 
-def _check_tensors(
-    logits: Tensor, labels: Tensor, inplace_backward: bool
-) -> tuple[Tensor, Tensor]:
+def _check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tuple[Tensor, Tensor]:
     """The tensors as the kernels read them: int64 labels, one stride from row to row."""
     if logits.dtype not in DTYPES:
         raise UserError(
@@ -293,7 +291,8 @@ def _rows_are_regular(logits: Tensor) -> bool:
     if logits.shape[-1] > 1 and logits.stride(-1) != 1:
         return False
     expected = None
-    for size, stride in zip(reversed(logits.shape[:-1]), reversed(logits.stride()[:-1]), strict=True):
+    for dim in range(logits.dim() - 2, -1, -1):
+        size, stride = logits.shape[dim], logits.stride(dim)
         if size == 1:
             continue
         if expected is None and stride < logits.shape[-1]:

@@ -71,7 +71,7 @@ class Family:
     refusals: tuple[Refusal, ...] = ()
 
 
-# What LlamaConfig, MistralConfig and Qwen2Config (transformers 4.57 and 5.x) assume for absent keys.
+# What transformers' LlamaConfig, MistralConfig and Qwen2Config assume for absent keys.
 DEFAULTS: Mapping[str, Any] = {
     "num_key_value_heads": None,  # as many as attention heads
     "head_dim": None,  # hidden_size / heads
@@ -159,7 +159,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     hidden = _positive(config, "hidden_size")
     if config["head_dim"] is None:
         _require(
-            hidden % heads == 0, f"hidden_size {hidden} is not a multiple of {heads} attention heads"
+            hidden % heads == 0,
+            f"hidden_size {hidden} is not a multiple of {heads} heads",
         )
         config["head_dim"] = hidden // heads
     spec = ModelSpec(
@@ -181,8 +182,8 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
         mlp_bias=_bias(config, family.mlp_bias),
         initializer_range=float(config["initializer_range"]),
     )
-    _require(heads % spec.num_query_groups == 0, f"{heads} heads do not share {groups} groups evenly")
-    _require(spec.head_dim % 2 == 0, f"head_dim {spec.head_dim} is odd: rotary positions need pairs")
+    _require(heads % spec.num_query_groups == 0, f"{heads} heads do not divide by {groups} groups")
+    _require(spec.head_dim % 2 == 0, f"head_dim {spec.head_dim} is odd: rotation needs pairs")
     return spec
 
 
@@ -226,7 +227,9 @@ def _rope_entries(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _rope_theta(config: Mapping[str, Any]) -> float:
     """The rotary base; transformers 4 and 5 read different places, so two values must agree."""
-    found = {float(e["rope_theta"]) for e in _rope_entries(config) if e.get("rope_theta") is not None}
+    found = {
+        float(e["rope_theta"]) for e in _rope_entries(config) if e.get("rope_theta") is not None
+    }
     _require(
         len(found) <= 1,
         f"rope_theta is given as {sorted(found)}: transformers 4 and 5 would read different models",

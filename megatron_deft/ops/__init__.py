@@ -48,9 +48,7 @@ def row_stats(
     )
 
 
-def row_topk(
-    logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int
-) -> Tensor:
+def row_topk(logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int) -> Tensor:
     """See `reference.row_topk`."""
     return implementation(logits.device).row_topk(logits, labels, k, vocab_valid, ignore_index)
 
@@ -73,4 +71,7 @@ def gate_grad(
     if not inplace:
         return ops.gate_grad(logits, *arguments)
     ops.gate_grad_(logits, *arguments)
+    # Operators registered from C++ do not count their writes: without this a second backward, or
+    # another operator that saved the logits, would read the gradient as if it were logits.
+    torch.autograd.graph.increment_version(logits)
     return logits

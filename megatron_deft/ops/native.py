@@ -44,9 +44,7 @@ if _C is not None:
         return logits.new_empty(5, labels.numel(), dtype=torch.float32)
 
     @torch.library.register_fake("megatron_deft::row_topk")
-    def _(
-        logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int
-    ) -> Tensor:
+    def _(logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int) -> Tensor:
         return logits.new_empty(k, labels.numel(), dtype=torch.float32)
 
     @torch.library.register_fake("megatron_deft::gate_grad")

@@ -40,9 +40,7 @@ def row_stats(
     return out.masked_fill(labels == ignore_index, 0.0)
 
 
-def row_topk(
-    logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int
-) -> Tensor:
+def row_topk(logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int) -> Tensor:
     """The k largest logits of each row of a shard, largest first.
 
     Same arguments as `row_stats`. Returns [k, N] fp32; -inf where the shard has fewer than k real

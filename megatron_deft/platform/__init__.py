@@ -14,7 +14,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.platform.cpu import (
     cpu_platform,
     enter_cpu_platform,
-    hide_transformer_engine,
+    import_megatron,
     leave_cpu_platform,
 )
 
@@ -23,7 +23,7 @@ __all__ = [
     "cpu_platform",
     "device",
     "enter_cpu_platform",
-    "hide_transformer_engine",
+    "import_megatron",
     "initialize",
     "leave_cpu_platform",
     "shutdown",

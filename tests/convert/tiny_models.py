@@ -1,0 +1,100 @@
+"""Tiny transformers models of every shape that conversion must get right, with random weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+)
+
+COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 5000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+
+CONFIGS: dict[str, PretrainedConfig] = {
+    "llama_mha_untied": LlamaConfig(**COMMON, vocab_size=128, num_key_value_heads=4),
+    "llama_gqa_tied": LlamaConfig(
+        **COMMON, vocab_size=260, num_key_value_heads=2, tie_word_embeddings=True
+    ),
+    "llama_biases_odd_vocab": LlamaConfig(
+        **COMMON,
+        vocab_size=1003,
+        num_key_value_heads=2,
+        attention_bias=True,
+        mlp_bias=True,
+        rope_parameters=LLAMA3_ROPE,
+    ),
+    "qwen2_biases": Qwen2Config(**COMMON, vocab_size=150, num_key_value_heads=2),
+    "qwen2_mqa_tied": Qwen2Config(
+        **COMMON, vocab_size=97, num_key_value_heads=1, tie_word_embeddings=True
+    ),
+    "mistral_wide_heads": MistralConfig(
+        **COMMON, vocab_size=128, num_key_value_heads=2, head_dim=12, sliding_window=None
+    ),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> None:
+    """Weights large enough for every one of them, biases and norms too, to move the logits."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 2:
+                parameter.copy_(noise / parameter.shape[1] ** 0.5)
+            else:
+                parameter.add_(0.2 * noise)
+
+
+def make(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, **save: Any
+) -> Path:
+    """Save a random model of `config` in `folder`."""
+    model = AutoModelForCausalLM.from_config(config)
+    randomise(model)
+    model.to(dtype).save_pretrained(folder, **save)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of the folder's safetensors files."""
+    found: dict[str, Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def assert_same_tensors(ours: dict[str, Tensor], reference: dict[str, Tensor]) -> None:
+    """Equal names, shapes, dtypes and bits."""
+    assert ours.keys() == reference.keys()
+    for name, tensor in reference.items():
+        assert ours[name].dtype == tensor.dtype, name
+        assert torch.equal(ours[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def logits(folder: Path, ids: Tensor) -> Tensor:
+    """What transformers computes in fp32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return model.eval()(ids).logits

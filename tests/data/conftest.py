@@ -1,0 +1,94 @@
+"""Real tokenizers, trained once: byte-level BPE made by data.tiny, and one of SentencePiece's kind."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from megatron_deft.data.tiny import make_tiny_llama
+
+ART = " _   _ _ \n| | | (_)\n| |_| | |\n|  _  | |\n|_| |_|_|\n\n"
+TEXTS = [
+    ART * 4,
+    "What word does this say?\n\nThe answer is   42, of course.\n\n",
+    "def f(x):\n    return x + 1  # don't\n" * 3,
+]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+# No special token closes a turn: the line end does.
+PLAIN = (
+    "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+# As Qwen3's and DeepSeek-R1's: thinking is dropped from every turn but the last.
+STRIPS_THINKING = (
+    "{% for m in messages %}{% set text = m.content if loop.last else m.content.split('</think>')[-1] %}"
+    "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REFUSES = "{{ raise_exception('roles must\nalternate') }}"
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "model", TEXTS, vocab_size=400)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_folder: Path) -> Any:
+    return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def metaspace_tokenizer() -> Any:
+    """Puts a space before whatever it is given, as Llama 2's and Mistral's do."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    specials = ["<unk>", "<s>", "</s>"]
+    tokenizer.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+@pytest.fixture
+def with_template(tokenizer: Any) -> Callable[[str | None], Any]:
+    def change(template: str | None) -> Any:
+        changed = copy.deepcopy(tokenizer)
+        changed.chat_template = template
+        return changed
+
+    return change
+
+
+def data_config(**changes: Any) -> Any:
+    """The keys of config.DataConfig that the data part reads, with its defaults."""
+    defaults = {
+        "format": "auto",
+        "prompt_key": "extra_info",
+        "response_key": "extra_info",
+        "prompt_dict_keys": ("question",),
+        "response_dict_keys": ("answer",),
+        "messages_key": "messages",
+        "max_length": 2048,
+        "truncation": "right",
+        "use_original_prompt": False,
+    }
+    assert changes.keys() <= defaults.keys()
+    return SimpleNamespace(**defaults | changes)

@@ -1,0 +1,396 @@
+"""token_loss against the float64 oracle: whole, and sharded over real gloo ranks."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_deft import token_loss
+from megatron_deft.errors import UserError
+from tests.distributed import run_ranks
+from tests.oracle import SPECS, loss_and_grad
+
+# Relative error of a gradient entry. fp32: the roundings of z - m (up to 20 here), exp and the gate
+# p^a (|log p| times the error of a); half precision: the one rounding to the logits' dtype, on top.
+GRAD_ULP = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def case(vocab: int, padded: int, dtype: torch.dtype, tokens: int = 24, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed + vocab)
+    logits = torch.randn(tokens, padded, generator=generator) * 3
+    labels = torch.randint(0, vocab, (tokens,), generator=generator)
+    labels[::2] = logits[::2, :vocab].argmax(-1)  # some confident tokens
+    labels[1::5] = -100
+    logits[:, vocab:] = torch.tensor([math.nan, math.inf, 50.0] * padded)[: padded - vocab]
+    upstream = torch.rand(tokens, generator=generator) + 0.5
+    return logits.to(dtype), labels, upstream
+
+
+def check(
+    spec: str,
+    logits: Tensor,
+    labels: Tensor,
+    upstream: Tensor,
+    vocab: int,
+    loss: Tensor,
+    grad: Tensor,
+    keep: Tensor,
+    first: int = 0,
+) -> None:
+    """Compare with the oracle; `grad` may be the columns from `first` of the whole gradient."""
+    want_loss, want_grad, want_keep, stats = loss_and_grad(spec, logits, labels, vocab, upstream)
+    assert torch.equal(keep, want_keep)
+    torch.testing.assert_close(loss.double(), want_loss, rtol=1e-5, atol=2e-6)
+    want = want_grad[:, first : first + grad.shape[1]]
+    ulp = GRAD_ULP[grad.dtype]
+    # relative to each entry, plus the fp32 rounding of S1, which p - 1 sees as an absolute error
+    scale = stats["coeff"].abs()[:, None]
+    error = (grad.double() - want).abs()
+    tiny = 2e-7 if grad.dtype == torch.float16 else 0.0  # half's denormals
+    assert bool((error <= 1.01 * ulp * want.abs() + 4e-7 * scale + tiny).all()), error.max()
+    assert bool((grad[~keep] == 0).all())
+    if vocab > first:
+        assert bool((grad[:, vocab - first :] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("vocab", "padded"), [(123, 128), (252, 252), (507, 512), (1, 1), (19, 24)]
+)
+@pytest.mark.parametrize("spec", SPECS)
+def test_loss_and_gradient_against_float64(
+    spec: str, vocab: int, padded: int, dtype: torch.dtype
+) -> None:
+    logits, labels, upstream = case(vocab, padded, dtype)
+    leaf = logits.clone().requires_grad_(True)
+    loss, stats = token_loss(leaf, labels, spec, vocab_size=vocab, return_stats=True)
+    (loss * upstream).sum().backward()
+    assert leaf.grad is not None
+    check(spec, logits, labels, upstream, vocab, loss.detach(), leaf.grad, stats.keep)
+    assert torch.equal(stats.loss, loss.detach())
+
+
+def test_statistics_against_float64() -> None:
+    logits, labels, upstream = case(507, 512, torch.float32)
+    _, stats = token_loss(logits, labels, vocab_size=507, return_stats=True)
+    *_, want = loss_and_grad("nll", logits, labels, 507, upstream)
+    del want["coeff"]
+    valid = labels != -100
+    assert torch.equal(stats.valid, valid)
+    for name, value in want.items():
+        torch.testing.assert_close(
+            getattr(stats, name)[valid].double(), value[valid], rtol=1e-5, atol=1e-6
+        )
+        assert bool((getattr(stats, name)[~valid] == 0).all())
+    best = logits[:, :507].argmax(-1)
+    assert torch.equal(stats.is_argmax, (best == labels) & valid)
+
+
+def sharded(rank: int, world: int, spec: str, vocab: int, padded: int, dtype: Any) -> Any:
+    logits, labels, upstream = case(vocab, padded, dtype)
+    width = padded // world
+    local = logits[:, rank * width : (rank + 1) * width].clone().requires_grad_(True)
+    loss, stats = token_loss(
+        local,
+        labels,
+        spec,
+        group=dist.group.WORLD,
+        vocab_size=vocab,
+        return_stats=True,
+        batch_group=dist.new_group([rank], use_local_synchronization=True),
+    )
+    (loss * upstream).sum().backward()
+    assert local.grad is not None
+    return loss.detach(), local.grad, stats.keep
+
+
+def sharded_many(rank: int, world: int, cases: list[tuple[str, int, int, Any]]) -> list[Any]:
+    return [sharded(rank, world, *c) for c in cases]
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_shards_are_slices_of_the_whole(world: int) -> None:
+    cases = [
+        (spec, vocab, padded, dtype)
+        for spec in SPECS
+        for vocab, padded, dtype in [
+            (123, 128, torch.float32),
+            (252, 252, torch.bfloat16),
+            (507, 512, torch.float32),
+            (5, 64, torch.float32),  # the last ranks hold padding alone
+        ]
+    ]
+    ranks = run_ranks(world, sharded_many, cases)
+    for i, (spec, vocab, padded, dtype) in enumerate(cases):
+        logits, labels, upstream = case(vocab, padded, dtype)
+        losses = [ranks[r][i][0] for r in range(world)]
+        assert all(torch.equal(losses[0], other) for other in losses)
+        for r in range(world):
+            loss, grad, keep = ranks[r][i]
+            check(spec, logits, labels, upstream, vocab, loss, grad, keep, r * (padded // world))
+
+
+def count_collectives(rank: int, world: int) -> list[str]:
+    calls = []
+    names = ["all_gather_into_tensor", "all_reduce", "all_gather", "reduce_scatter_tensor"]
+    for name in names:
+        original = getattr(dist, name)
+
+        def counted(*args: Any, _name: str = name, _call: Any = original, **kwargs: Any) -> Any:
+            calls.append(f"{_name}{list(args[1].shape) if len(args) > 1 else ''}")
+            return _call(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    logits = torch.randn(7, 16, requires_grad=True)
+    token_loss(logits, torch.arange(7), "deft", group=dist.group.WORLD).sum().backward()
+    return calls
+
+
+def test_one_all_gather_of_five_floats_per_token() -> None:
+    assert run_ranks(2, count_collectives) == [["all_gather_into_tensor[5, 7]"]] * 2
+
+
+def batch_mean(rank: int, world: int, floor: str) -> Tensor:
+    torch.manual_seed(rank)
+    logits, labels = torch.randn(6, 9) * 2, torch.randint(0, 9, (6,))
+    if rank == 1:
+        labels[:] = -100
+    spec = f"cayley(floor={floor})"
+    return token_loss(logits, labels, spec, batch_group=dist.group.WORLD)
+
+
+def test_cayley_mean_spans_the_batch_group_even_with_an_empty_rank() -> None:
+    losses = run_ranks(2, batch_mean, "data_parallel")
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 9) * 2, torch.randint(0, 9, (6,))
+    torch.testing.assert_close(losses[0], token_loss(logits, labels, "cayley"))
+    assert bool((losses[1] == 0).all())
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_all_masked_gives_zero_never_nan(spec: str) -> None:
+    logits = torch.full((2, 3, 11), math.nan).requires_grad_(True)
+    loss = token_loss(logits, torch.full((2, 3), -100), spec)
+    loss.sum().backward()
+    assert bool((loss == 0).all())
+    assert logits.grad is not None
+    assert bool((logits.grad == 0).all())
+
+
+def test_no_tokens_at_all() -> None:
+    logits = torch.zeros(0, 11, requires_grad=True)
+    token_loss(logits, torch.zeros(0, dtype=torch.long)).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.shape == (0, 11)
+
+
+ROWS = {
+    "very negative": torch.full((1, 40), -1e4),
+    "very large": torch.full((1, 40), 1e4),
+    "one hot": torch.full((1, 40), -1e4).index_fill(1, torch.tensor([3]), 1e4),
+    "minus infinity elsewhere": torch.full((1, 40), -math.inf).index_fill(
+        1, torch.tensor([3, 4]), 0.5
+    ),
+    "spread to 1e3": torch.linspace(-1e3, 1e3, 40)[None],
+}
+
+
+@pytest.mark.parametrize("spec", [s for s in SPECS if s != "tsallis(q=-0.3)"])
+@pytest.mark.parametrize("name", ROWS)
+def test_extreme_rows(name: str, spec: str) -> None:
+    logits, labels = ROWS[name], torch.tensor([3])
+    leaf = logits.clone().requires_grad_(True)
+    loss = token_loss(leaf, labels, spec)
+    loss.sum().backward()
+    finite = logits.clamp(min=-1e5)  # exp(-1e5 - m) is 0 in float64 too
+    want_loss, want_grad, *_ = loss_and_grad(spec, finite, labels, 40, torch.ones(1))
+    torch.testing.assert_close(loss.detach().double(), want_loss, rtol=5e-6, atol=1e-6)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), want_grad, rtol=1e-5, atol=1e-7)
+
+
+def test_logp_keeps_its_precision_at_large_logits() -> None:
+    torch.manual_seed(1)
+    logits = torch.rand(64, 5000) * 2e3 - 1e3
+    labels = logits.topk(20, dim=-1).indices[torch.arange(64), torch.arange(64) % 20]
+    _, stats = token_loss(logits, labels, return_stats=True)
+    want = logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert bool(((stats.logp.double() - want).abs() <= 5e-6 * want.abs().clamp(min=1)).all())
+
+
+def test_an_impossible_target_inside_the_vocabulary() -> None:
+    """A logit of -inf is legal: p = 0, and no 0 * inf becomes nan."""
+    logits = torch.tensor([[0.0, 1.0, -math.inf, 2.0]])
+    for spec in ("dft", "p", "deft", "cayley", "tsallis(q=0.5)", "eaft"):
+        leaf = logits.clone().requires_grad_(True)
+        loss, stats = token_loss(leaf, torch.tensor([2]), spec, return_stats=True)
+        loss.sum().backward()
+        assert leaf.grad is not None
+        assert not leaf.grad.isnan().any(), spec
+        assert not loss.isnan().any(), spec
+        assert stats.p.item() == 0
+        assert stats.entropy.isfinite().all()
+
+
+def views(logits: Tensor) -> dict[str, Tensor]:
+    s, b, v = logits.shape
+    wide = torch.zeros(s, b, v + 3)
+    wide[..., :v] = logits
+    return {
+        "padded rows": wide[..., :v],
+        "transposed": logits.transpose(0, 1).contiguous().transpose(0, 1),
+        "vocabulary first": logits.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+        "every second row": torch.stack([logits, logits], 1).flatten(0, 1)[::2],
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["padded rows", "transposed", "vocabulary first", "every second row"]
+)
+def test_strides(name: str) -> None:
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 3, 17), torch.randint(0, 17, (4, 3))
+    view = views(logits)[name].detach().requires_grad_(True)
+    assert not view.is_contiguous() or name == "every second row"
+    whole = logits.clone().requires_grad_(True)
+    upstream = torch.rand(4, 3)
+    got, want = token_loss(view, labels), token_loss(whole, labels)
+    (got * upstream).sum().backward()
+    (want * upstream).sum().backward()
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(view.grad, whole.grad, rtol=0, atol=0)
+
+
+def test_expanded_logits_and_stride_zero_upstream() -> None:
+    row = torch.randn(1, 13, requires_grad=True)
+    labels = torch.tensor([1, 5, 7])
+    token_loss(row.expand(3, 13), labels).sum().backward()  # sum: upstream of stride 0
+    other = row.detach().repeat(3, 1).requires_grad_(True)
+    token_loss(other, labels).sum().backward()
+    assert other.grad is not None
+    torch.testing.assert_close(row.grad, other.grad.sum(0, keepdim=True))
+
+
+def test_inplace_backward_uses_the_logits_own_storage() -> None:
+    torch.manual_seed(0)
+    hidden = torch.randn(5, 8)
+    weight = torch.randn(33, 8, requires_grad=True)
+    labels = torch.tensor([1, 2, -100, 30, 0])
+    gradients = []
+    for inplace in (False, True):
+        weight.grad = None
+        logits = hidden @ weight.t()
+        pointer, received = logits.data_ptr(), []
+        logits.register_hook(lambda g, out=received: out.append((g.data_ptr(), g.clone())))
+        token_loss(logits, labels, inplace_backward=inplace).sum().backward()
+        assert (received[0][0] == pointer) is inplace
+        gradients.append((received[0][1], weight.grad))
+    assert torch.equal(gradients[0][0], gradients[1][0])
+    assert torch.equal(gradients[0][1], gradients[1][1])
+
+
+def test_inplace_backward_fails_loudly_when_the_logits_are_used_again() -> None:
+    base = torch.randn(5, 8, requires_grad=True)
+    logits = base * 1.0
+    loss = token_loss(logits, torch.arange(5), inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    logits = base * 1.0
+    both = logits.exp().sum() + logits.square().sum()
+    loss = token_loss(logits, torch.arange(5), inplace_backward=True).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (loss + both).backward()
+
+
+def test_no_second_derivative() -> None:
+    logits = torch.randn(3, 5, requires_grad=True)
+    upstream = torch.ones(3, requires_grad=True)
+    loss = (token_loss(logits, torch.arange(3)) * upstream).sum()
+    (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_p_and_dft_share_the_gradient() -> None:
+    logits, labels, _ = case(123, 123, torch.float32)
+    grads, losses = [], []
+    for spec in ("p", "dft"):
+        leaf = logits.clone().requires_grad_(True)
+        loss = token_loss(leaf, labels, spec)
+        loss.sum().backward()
+        grads.append(leaf.grad)
+        losses.append(loss.detach())
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-7)
+    assert not torch.allclose(losses[0], losses[1])
+
+
+LOGITS = torch.zeros(2, 3, 8)
+LABELS = torch.zeros(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("named", "call"),
+    [
+        ("float64", lambda: token_loss(LOGITS.double(), LABELS)),
+        (r"\[2, 3\].*\[6\]", lambda: token_loss(LOGITS, LABELS.reshape(-1))),
+        ("int64 or int32", lambda: token_loss(LOGITS, LABELS.float())),
+        ("expected 0 to 7.*got 8", lambda: token_loss(LOGITS, LABELS + 8)),
+        ("expected 0 to 4.*got 5", lambda: token_loss(LOGITS, LABELS + 5, vocab_size=5)),
+        ("got -1", lambda: token_loss(LOGITS, LABELS - 1)),
+        ("vocab_size: expected 1 to 8", lambda: token_loss(LOGITS, LABELS, vocab_size=9)),
+        ("vocab_size: expected 1 to 8", lambda: token_loss(LOGITS, LABELS, vocab_size=0)),
+        ("legal are", lambda: token_loss(LOGITS, LABELS, "cross-entropy")),
+        (
+            "one stride apart",
+            lambda: token_loss(
+                LOGITS.transpose(0, 2), torch.zeros(8, 3).long(), inplace_backward=True
+            ),
+        ),
+        (
+            "one stride apart",
+            lambda: token_loss(
+                torch.zeros(1, 8).expand(3, 8), torch.zeros(3).long(), inplace_backward=True
+            ),
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_line(named: str, call: Any) -> None:
+    with pytest.raises(UserError, match=named) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    vocab=st.integers(1, 70),
+    padding=st.integers(0, 5),
+    scale=st.sampled_from([0.0, 1.0, 30.0, 1000.0]),
+    spec=st.sampled_from([s for s in SPECS if s != "tsallis(q=-0.3)"]),
+    seed=st.integers(0, 2**20),
+)
+def test_random_small_cases(
+    rows: int, vocab: int, padding: int, scale: float, spec: str, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocab + padding, generator=generator) * scale
+    labels = torch.randint(0, vocab, (rows,), generator=generator)
+    labels[torch.rand(rows, generator=generator) < 0.2] = -100
+    want_loss, want_grad, want_keep, stats = loss_and_grad(
+        spec, logits, labels, vocab, torch.ones(rows)
+    )
+    if "Only" in spec and bool(((stats["p"] - 0.1).abs() < 1e-5).any()):
+        return  # on the threshold itself fp32 and float64 may fall on different sides
+    leaf = logits.clone().requires_grad_(True)
+    loss, got = token_loss(leaf, labels, spec, vocab_size=vocab, return_stats=True)
+    loss.sum().backward()
+    assert torch.equal(got.keep, want_keep)
+    torch.testing.assert_close(loss.detach().double(), want_loss, rtol=1e-5, atol=2e-6)
+    assert leaf.grad is not None
+    torch.testing.assert_close(leaf.grad.double(), want_grad, rtol=1e-5, atol=2e-6)
