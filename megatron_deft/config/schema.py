@@ -25,11 +25,25 @@ from megatron_deft.errors import UserError
 class ModelShape(Protocol):
     """What `validate` asks of a model: `models.families.ModelSpec` has it."""
 
-    num_layers: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int
-    max_position_embeddings: int
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Channels inside the feed-forward block."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key-value heads."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Positions the model was made for."""
 
 
 class Section:

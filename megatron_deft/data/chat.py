@@ -5,11 +5,11 @@ no `{% generation %}` marker: the boundaries come from rendering the conversatio
 through the tokenizer's own template, and a template for which that is not exact is an error.
 Rejected: searching the text for marker strings, which breaks as soon as a user quotes them.
 
-*Encoding* turns pieces into ids. The whole text is tokenised at once whenever every boundary
-between pieces falls between two of its tokens, so that ids equal `tokenizer(text)`. Where a token
-would straddle a boundary the text is cut there, which is what generation does: the prompt's tokens
-are fixed before the first response token exists. Rejected: character offsets, because several
-byte-level tokenizers trim leading spaces from the offsets they report.
+*Encoding* turns pieces into ids: those of the whole text, `tokenizer(text)`, as long as they begin
+with the ids that the text before each boundary has by itself. Otherwise (a token would straddle the
+boundary) the text is cut there and both sides are tokenised apart. Either way training sees what
+generation will: a prompt's tokens are fixed before the first token of the response exists.
+Rejected: character offsets, since several byte-level tokenizers leave spaces out of them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -93,7 +93,8 @@ def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Re
         if turn == 0:
             raise UserError("messages[0] is an assistant turn: put a user or system turn before it")
         before = _apply(tokenizer, clean[:turn], True)
-        through = _apply(tokenizer, clean[: turn + 1], False)
+        last = turn == len(clean) - 1
+        through = whole if last else _apply(tokenizer, clean[: turn + 1], False)
         if not (
             whole.startswith(through) and through.startswith(before) and position <= len(before)
         ):
@@ -113,8 +114,8 @@ def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Re
 def encode(tokenizer: Any, samples: Sequence[Rendered]) -> list[Encoded]:
     """Token ids and mask of each sample; no special tokens are added to what the text spells.
 
-    The ids are those of the whole text unless a token would straddle a boundary between pieces;
-    then the text is cut at that boundary (see the module's docstring).
+    The ids are those of the whole text, unless the text before a boundary between pieces has other
+    ids by itself; then the text is cut at that boundary (see the module's docstring).
     """
     texts = [piece for sample in samples for piece in sample.pieces]
     texts += ["".join(sample.pieces) for sample in samples]
@@ -161,7 +162,7 @@ def _encode_one(
     mask: list[bool] = []
     for piece, is_trained in zip(sample.pieces, sample.trained, strict=True):
         grown = _token_ids(tokenizer, [text + piece])[0]
-        if grown[: len(ids)] != ids:  # a token straddles the boundary: cut here
+        if grown[: len(ids)] != ids:  # it reads on across the boundary: cut here
             done, text, ids = done + ids, "", []
             grown = _token_ids(tokenizer, [piece])[0]
         mask += [is_trained] * (len(grown) - len(ids))

@@ -56,7 +56,10 @@ def transformer_config(
         calculate_per_token_loss: the loss function returns (sum, number of tokens), and gradients
             are divided by the number over all micro-batches and data-parallel ranks.
         perform_initialization: false leaves the weights undefined, for a model about to be loaded.
+            Not with tensor > 1: megatron-core marks a weight as split while it initialises it, and
+            without that mark gradient norms count one rank's part.
     """
+    assert perform_initialization or tensor == 1
     fused = (
         has_transformer_engine()
     )  # The fusions need TransformerEngine or torch.compile on a GPU.

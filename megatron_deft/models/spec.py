@@ -222,7 +222,9 @@ def layer_spec(
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=use.norm,
             mlp=ModuleSpec(
-                module=MLP, submodules=MLPSubmodules(linear_fc1=mlp_column, linear_fc2=mlp_row)
+                module=MLP,
+                params={"ffn_hidden_size": tcfg.ffn_hidden_size},
+                submodules=MLPSubmodules(linear_fc1=mlp_column, linear_fc2=mlp_row),
             ),
             mlp_bda=get_bias_dropout_add,
             # Checkpoint keys of the local and the fused spec agree, as in megatron-core.

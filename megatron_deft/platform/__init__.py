@@ -19,6 +19,7 @@ from megatron_deft.platform.cpu import (
 )
 
 __all__ = [
+    "TORCHRUN_ENVIRONMENT",
     "backend",
     "cpu_platform",
     "device",

@@ -60,10 +60,9 @@ def _leave_uncompiled(function: Any = None, **options: Any) -> Any:
 class _CudaMeansCpu(TorchFunctionMode):
     """Answers megatron-core's own requests for a CUDA tensor with a CPU one.
 
-    A mode sees every torch call, whichever module makes it and however late it is imported.
-    Autograd runs a CPU backward on the thread that called it, so hooks and recomputation are seen
-    too. Only callers inside megatron-core are answered: a user who writes device="cuda" still gets
-    torch's error. Costs about 3 microseconds per torch call.
+    A mode sees every torch call of its thread, whichever module makes it and however late it is
+    imported. Only callers inside megatron-core are answered: a user who writes device="cuda" still
+    gets torch's error. Costs about 3 microseconds per torch call.
     """
 
     def __torch_function__(
@@ -85,6 +84,17 @@ class _CudaMeansCpu(TorchFunctionMode):
         elif func is torch.Tensor.type and not (args[1:] or kwargs) and _called_from_megatron():
             return func(*args).replace("torch.", "torch.cuda.", 1)
         return func(*args, **kwargs)
+
+
+def _run_backward(*args: Any, **kwargs: Any) -> Any:
+    """Torch's _engine_run_backward with the mode in force.
+
+    torch.autograd.backward is itself a torch call that modes see, and while a mode handles a call
+    it is switched off: hooks, recomputation and everything else in a backward pass would go unseen.
+    On the CPU the engine works on the calling thread and with its modes.
+    """
+    with _CudaMeansCpu():
+        return torch.autograd.graph._engine_run_backward(*args, **kwargs)
 
 
 def _is_cuda(device: Any) -> bool:
@@ -122,6 +132,7 @@ def _redirect() -> ExitStack:
         (torch.cuda, "current_device", lambda: CPU),
         # After p2p (batch_p2p_sync) and around checkpoints: gloo's wait() has already finished.
         (torch.cuda, "synchronize", lambda device=None: None),
+        (torch.autograd, "_engine_run_backward", _run_backward),
         # The RNG tracker keeps one generator state per kind of parallelism and swaps them in the
         # CUDA generator; here it swaps them in the CPU generator, the one that draws.
         (torch.cuda, "manual_seed", torch.manual_seed),

@@ -1,4 +1,4 @@
-"""The tables name every tensor of real models on both sides, and the transforms are exact inverses."""
+"""The tables name every tensor of real models on both sides; the transforms are exact inverses."""
 
 from dataclasses import replace
 
@@ -35,7 +35,7 @@ def test_table_is_the_transformers_model(case: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_table_is_the_megatron_model(case: str) -> None:
-    """Parameter names, checkpoint keys and global shapes are those of the GPTModel that is built."""
+    """Parameter names, checkpoint keys and global shapes are those of the GPTModel."""
     spec = spec_of(case)
     with single_process():
         from megatron.core.dist_checkpointing.mapping import (

@@ -1,4 +1,4 @@
-"""The proof can fail: scrambled heads and dropped rotary scaling are caught, and the layer is named."""
+"""The proof can fail: scrambled heads and dropped rotary scaling are caught, the layer is named."""
 
 import json
 import random

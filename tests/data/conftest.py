@@ -1,4 +1,4 @@
-"""Real tokenizers, trained once: byte-level BPE made by data.tiny, and one of SentencePiece's kind."""
+"""Real tokenizers, trained once: data.tiny's, one as Llama 3's and one as Llama 2's."""
 
 import copy
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_deft.data.tiny import make_tiny_llama
@@ -25,8 +25,9 @@ CHATML = (
 )
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n\n' + m.content | trim + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+    "{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    "{{ m.content | trim + '<|eot_id|>' }}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
 # No special token closes a turn: the line end does.
 PLAIN = (
@@ -35,7 +36,8 @@ PLAIN = (
 )
 # As Qwen3's and DeepSeek-R1's: thinking is dropped from every turn but the last.
 STRIPS_THINKING = (
-    "{% for m in messages %}{% set text = m.content if loop.last else m.content.split('</think>')[-1] %}"
+    "{% for m in messages %}"
+    "{% set text = m.content if loop.last else m.content.split('</think>')[-1] %}"
     "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -50,6 +52,38 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tiny_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(tiny_folder)
+
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> Any:
+    """Llama 3's way of splitting, and the base model's special tokens: eos does not end a turn."""
+    specials = [f"<|{name}|>" for name in (
+        "begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eot_id",
+    )]  # fmt: skip
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=specials[0],
+        eos_token=specials[1],
+        extra_special_tokens=specials[2:],
+        chat_template=LLAMA3,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Masks are exact for every template, and ids are what the tokenizer makes of the whole text."""
 
+import copy
 import re
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from megatron_deft.data.chat import (
     render_sample,
 )
 from megatron_deft.errors import UserError
-from tests.data.conftest import ART, CHATML, LLAMA3, PLAIN, REFUSES, STRIPS_THINKING
+from tests.data.conftest import ART, CHATML, PLAIN, REFUSES, STRIPS_THINKING
 
 CONVERSATION = [
     {"role": "system", "content": "Read the art."},
@@ -52,7 +53,6 @@ def shown(tokenizer: Any, sample: Encoded, color: bool = False) -> str:
     ("template", "expected"),
     [
         (CHATML, ["HI<|im_end|>", "it is   HI\n\n don't ask<|im_end|>"]),
-        (LLAMA3, ["HI<|im_end|>", "it is   HI\n\n don't ask<|im_end|>"]),
         (STRIPS_THINKING, ["HI<|im_end|>", "it is   HI\n\n don't ask<|im_end|>"]),
         (PLAIN, ["HI\n", "it is   HI\n\n don't ask\n"]),
     ],
@@ -69,14 +69,33 @@ def test_assistant_turns_and_their_ends_are_trained(
     assert tokenizer.decode(sample.tokens.tolist()) == whole
 
 
-@pytest.mark.parametrize("template", [CHATML, LLAMA3])
-def test_ids_are_those_of_the_whole_text(
-    with_template: Callable[..., Any], template: str
-) -> None:
-    tokenizer = with_template(template)
+@pytest.mark.parametrize("kind", ["tokenizer", "llama3_tokenizer"])
+def test_ids_are_those_of_the_whole_text(request: pytest.FixtureRequest, kind: str) -> None:
+    tokenizer = request.getfixturevalue(kind)
     (sample,) = encode(tokenizer, [render_messages(tokenizer, CONVERSATION)])
-    whole = tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
-    assert sample.tokens.tolist() == ids(tokenizer, whole)
+    assert sample.tokens.tolist() == ids(
+        tokenizer, tokenizer.apply_chat_template(CONVERSATION, tokenize=False)
+    )
+
+
+def test_the_end_of_turn_is_trained_where_it_is_not_the_eos_token(llama3_tokenizer: Any) -> None:
+    assert llama3_tokenizer.eos_token == "<|end_of_text|>"
+    rendered = render_messages(llama3_tokenizer, CONVERSATION)
+    (sample,) = encode(llama3_tokenizer, [rendered])
+    assert trained_texts(llama3_tokenizer, sample) == [
+        "HI<|eot_id|>",
+        "it is   HI\n\n don't ask<|eot_id|>",
+    ]
+    assert sample.tokens[0] == llama3_tokenizer.bos_token_id
+
+
+def test_a_prompt_keeps_the_ids_it_has_in_generation(tokenizer: Any) -> None:
+    """GPT-2's splitting takes the last line end apart once a letter follows: not in a prompt."""
+    prompt, response = "user\n\n", "HI"
+    whole = ids(tokenizer, prompt + response)
+    assert whole[: len(ids(tokenizer, prompt))] != ids(tokenizer, prompt)
+    (sample,) = encode(tokenizer, [Rendered((prompt, response), (False, True))])
+    assert sample.tokens[~sample.trained].tolist() == ids(tokenizer, prompt)
 
 
 def test_a_token_that_would_straddle_a_boundary_is_cut_there(tokenizer: Any) -> None:
@@ -98,7 +117,7 @@ def test_only_the_straddled_boundary_is_cut(tokenizer: Any) -> None:
 def test_a_tokenizer_that_prefixes_a_space_keeps_the_whole_texts_ids(
     metaspace_tokenizer: Any,
 ) -> None:
-    prompt, response = "The answer is", " of course"
+    prompt, response = "What word?", "of course"
     whole = ids(metaspace_tokenizer, prompt + response)
     apart = ids(metaspace_tokenizer, prompt) + ids(metaspace_tokenizer, response)
     assert apart != whole, "the fixture must tell a piece from its place in the text"
@@ -131,7 +150,7 @@ def test_train_false_leaves_a_turn_out(tokenizer: Any) -> None:
     assert trained_texts(tokenizer, sample) == ["it is   HI\n\n don't ask<|im_end|>"]
 
 
-THINKING = [
+THINKING: list[dict[str, Any]] = [
     {"role": "user", "content": "one"},
     {"role": "assistant", "content": "<think>hm</think>1", "train": None, "tool_calls": None},
     {"role": "user", "content": "two"},
@@ -207,9 +226,7 @@ def test_an_original_prompt_gets_nothing_added(tokenizer: Any) -> None:
     assert sample.tokens[:3].tolist() == [0, 0, 1]
 
 
-def test_no_eos_token_is_refused(metaspace_tokenizer: Any, tokenizer: Any) -> None:
-    import copy
-
+def test_no_eos_token_is_refused(tokenizer: Any) -> None:
     changed = copy.deepcopy(tokenizer)
     changed.eos_token = None
     with pytest.raises(UserError, match="no eos_token"):

@@ -18,7 +18,6 @@ LAYOUTS = {
     "tensor x pipeline x data": Layout(tensor=2, pipeline=2),
     "sequence": Layout(tensor=2, sequence=True),
     "more ranks than query groups": Layout(tensor=4, sequence=True),
-    "data": Layout(),
     "everything": Layout(2, 2, sequence=True, recompute="full", overlap=True),
     "bf16": Layout(tensor=2, pipeline=2, sequence=True, dtype="bf16"),
 }
@@ -70,7 +69,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "bf16"])
 def test_layout_trains_as_one_process(runs: Runs, name: str) -> None:
     for split, whole in zip(runs.split[name], runs.whole, strict=True):
-        assert split == pytest.approx(whole, rel=2e-5)
+        assert split == pytest.approx(whole, rel=5e-6)
 
 
 def test_training_moves_the_loss(runs: Runs) -> None:

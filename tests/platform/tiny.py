@@ -36,8 +36,8 @@ SPEC = ModelSpec(
     rope_scaling=None,
     tied_embeddings=True,
     qkv_bias=True,
-    attention_out_bias=False,
-    mlp_bias=False,
+    attention_out_bias=True,
+    mlp_bias=True,
     initializer_range=0.3,
 )
 VOCAB_PAD = 8  # 84 becomes 88 at TP1 and 96 at TP2

@@ -1,0 +1,403 @@
+"""The command `megatron-deft`: each subcommand reads its arguments and calls one library function.
+
+Imports stay inside the commands, so that `--help` is instant. Exit codes: 0, 1 (a comparison or a
+check that failed, a crash), 2 (a mistake of the user: one line on stderr), 130 (interrupted).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import textwrap
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_deft.errors import UserError
+from megatron_deft.launch import USER_ERROR, Nodes, is_rank, run
+
+if TYPE_CHECKING:
+    from megatron_deft.models.families import ModelSpec
+
+Arguments = argparse.Namespace
+
+
+# What the commands do
+
+
+def _objectives(args: Arguments) -> int:
+    from megatron_deft.objectives import describe
+
+    print(describe())
+    return 0
+
+
+def _prepare_figfont(args: Arguments) -> int:
+    from megatron_deft.data.prepare.figfont import prepare_figfont
+
+    info = prepare_figfont(
+        args.out,
+        train_size=args.train_size,
+        test_size=args.test_size,
+        min_word_len=args.min_word_len,
+        max_word_len=args.max_word_len,
+        fonts=args.fonts.split(",") if args.fonts else None,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    rows = ", ".join(f"{count} {split}" for split, count in info["rows"].items())
+    print(f"{args.out}: {rows} ({info['kind']})")
+    return 0
+
+
+def _tiny(args: Arguments) -> int:
+    from megatron_deft.data.rows import read_rows
+    from megatron_deft.data.tiny import make_tiny_llama
+
+    rows = islice(read_rows(args.corpus, [args.column]), args.rows)
+    make_tiny_llama(
+        args.out,
+        (text for _, row in rows for text in _strings(row[args.column])),
+        vocab_size=args.vocab_size,
+        hidden_size=args.hidden_size,
+        layers=args.layers,
+        heads=args.heads,
+        kv_heads=args.kv_heads,
+        seed=args.seed,
+        overwrite=args.overwrite,
+    )
+    print(f"{args.out}: a tiny Llama with random weights")
+    return 0
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string inside a column's value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def _train(args: Arguments) -> int:
+    from megatron_deft.config import config_help, dump_yaml, load_config
+
+    if args.help_config:
+        print(config_help())
+        return 0
+    if args.config is None:
+        raise UserError("train needs a configuration file: megatron-deft train CONFIG")
+    nodes = Nodes(args.nproc_per_node, args.nnodes, args.node_rank, args.rdzv_endpoint)
+    if is_rank() and nodes.world_size > 1 and "LOCAL_RANK" in os.environ:
+        raise UserError("a launcher started this process: drop --nproc-per-node and --nnodes")
+    started = is_rank() and nodes.world_size == 1
+    overrides = [*args.overrides, *(["train.resume=must"] if args.resume else [])]
+    again = [args.config, *overrides, *(["--traceback"] if args.traceback else [])]
+    if not started or args.dry_run:  # else the rank itself checks, and one of the ranks complains
+        world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
+        config = load_config(args.config, overrides)
+        config.validate(world_size, _model_spec(config.model.load))
+    if args.dry_run:
+        ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
+        print(dump_yaml(config), end="")
+        print(f"# {world_size} processes, {ranks} of them data parallel")
+        print(f"# {batches} micro-batches per step and data-parallel rank")
+        return 0
+    if nodes.world_size == 1:
+        from megatron_deft.train import main as train
+
+        return train(again)
+    return run(["-m", "megatron_deft.train", *again], nodes)
+
+
+def _model_spec(load: str) -> ModelSpec:
+    """The architecture of the weights at `load`. Errors: UserError, also for a model's name."""
+    from megatron_deft import checkpoint_folder as folders
+    from megatron_deft.models.families import ModelSpec
+
+    path = Path(load)
+    converted = (path / folders.MANIFEST).exists()
+    if not path.exists() or (not converted and (path / "config.json").exists()):
+        what = "is a Hugging Face folder" if path.exists() else "does not exist"
+        raise UserError(
+            f"model.load={load} {what}: run `megatron-deft convert import HF_FOLDER WEIGHTS` "
+            "and set model.load=WEIGHTS"
+        )
+    return ModelSpec.from_json(folders.read_manifest(folders.resolve(path))["spec"])
+
+
+def _convert_import(args: Arguments) -> int:
+    from megatron_deft.convert.hf import import_hf
+
+    import_hf(args.hf, args.out, args.dtype, args.overwrite, args.verify)
+    print(f"{args.out}: weights for model.load" + _proof(args.verify))
+    return 0
+
+
+def _convert_export(args: Arguments) -> int:
+    from megatron_deft.convert.hf import export_hf
+
+    export_hf(args.checkpoint, args.out, args.dtype, args.overwrite, args.verify)
+    print(f"{args.out}: a Hugging Face folder" + _proof(args.verify))
+    return 0
+
+
+def _proof(verified: bool) -> str:
+    return ", logits equal to the source's" if verified else ", not verified"
+
+
+def _convert_verify(args: Arguments) -> int:
+    from megatron_deft.convert.verify import verify
+
+    result = verify(args.hf, args.megatron)
+    for stage, difference in result.stages.items():
+        print(f"{stage:<16} {difference:.1e}")
+    first = f", first at {result.first_difference}" if not result.ok else ""
+    print(f"{result.tokens} tokens: {'equal' if result.ok else 'DIFFERENT'}{first}")
+    return 0 if result.ok else 1
+
+
+def _evaluate_figfont(args: Arguments) -> int:
+    from megatron_deft.evaluation.figfont import evaluate
+
+    evaluate(
+        args.models,
+        args.data,
+        out=args.out,
+        limit=args.limit,
+        batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
+        engine=args.engine,
+        names=args.names.split(",") if args.names else None,
+    )
+    return 0
+
+
+def _doctor(args: Arguments) -> int:
+    from megatron_deft.doctor import examine, healthy, report
+
+    findings = examine()
+    print(report(findings))
+    return 0 if healthy(findings) else 1
+
+
+# Their arguments
+
+Group = Any  # argparse's subparsers, whose class has no public name
+
+
+def _command(
+    group: Group, name: str, call: Callable[[Arguments], int], text: str, example: str
+) -> argparse.ArgumentParser:
+    """Add a command: one paragraph of description, one example."""
+    parser: argparse.ArgumentParser = group.add_parser(
+        name,
+        help=text.partition(".")[0],
+        description=textwrap.fill(text, 90),
+        epilog=f"example:\n  megatron-deft {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(call=call, parser=parser)
+    return parser
+
+
+def _group(parent: Group, name: str, text: str) -> Group:
+    parser = parent.add_parser(name, help=text, description=text, allow_abbrev=False)
+    return parser.add_subparsers(required=True, metavar="COMMAND")
+
+
+def _int(parser: argparse.ArgumentParser, name: str, default: int | None, help: str) -> None:
+    shown = "" if default is None else f" [{default}]"
+    parser.add_argument(name, type=int, default=default, metavar="N", help=help + shown)
+
+
+def _add_train(commands: Group) -> None:
+    train = _command(
+        commands, "train", _train,
+        "Fine-tune a model with a gated objective. CONFIG is a YAML file; KEY=VALUE arguments "
+        "change single keys. The configuration and the layout are checked before anything is "
+        "started. On a machine without a GPU it trains on the CPU. With several machines, run the "
+        "same command on each, with its own --node-rank. Under torchrun, give CONFIG and keys.",
+        "train run.yaml objective=dft optim.lr=2e-5 --nproc-per-node 8",
+    )  # fmt: skip
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
+    train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=2e-5")
+    _int(train, "--nproc-per-node", 1, "processes on this machine, one per GPU")
+    _int(train, "--nnodes", 1, "machines")
+    _int(train, "--node-rank", 0, "which of the machines this is")
+    train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of machine 0, when several")
+    train.add_argument("--resume", action="store_true", help="the same as train.resume=must")
+    train.add_argument("--dry-run", action="store_true", help="check, print the whole config, stop")
+    train.add_argument(
+        "--help-config", action="store_true", help="print every key with its meaning"
+    )
+
+
+def _add_convert(commands: Group) -> None:
+    group = _group(commands, "convert", "Between Hugging Face folders and training weights")
+    imported = _command(
+        group, "import", _convert_import,
+        "Convert a Hugging Face folder into weights for model.load. The result is free of any "
+        "parallel layout, and is compared with the original logit by logit before it is kept.",
+        "convert import Qwen2.5-1.5B weights/qwen2.5-1.5b",
+    )  # fmt: skip
+    imported.add_argument("hf", metavar="HF_FOLDER", help="config.json, safetensors, tokenizer")
+    exported = _command(
+        group, "export", _convert_export,
+        "Convert trained weights into a Hugging Face folder that transformers and vLLM read. "
+        "CHECKPOINT is a checkpoint, a run folder (its latest checkpoint) or imported weights.",
+        "convert export runs/deft hf/deft",
+    )  # fmt: skip
+    exported.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, run or weights")
+    for parser in (imported, exported):
+        parser.add_argument("out", metavar="OUT", help="folder to write")
+        parser.add_argument("--dtype", choices=("fp32", "bf16"), help="convert to it [as stored]")
+        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+        parser.add_argument(
+            "--no-verify", dest="verify", action="store_false", help="do not compare the logits"
+        )
+    verify = _command(
+        group, "verify", _convert_verify,
+        "Compare a Hugging Face folder with converted weights. Both compute the same tokens; the "
+        "difference of every layer's output is printed. Exits with 1 when the logits differ.",
+        "convert verify Qwen2.5-1.5B weights/qwen2.5-1.5b",
+    )  # fmt: skip
+    verify.add_argument("hf", metavar="HF_FOLDER")
+    verify.add_argument("megatron", metavar="CHECKPOINT", help="weights, checkpoint or run")
+
+
+def _add_data(commands: Group) -> None:
+    prepare = _group(commands, "prepare", "Make training and test files of a data set")
+    figfont = _command(
+        prepare, "figfont", _prepare_figfont,
+        "Write the FigFont data set: words drawn as ASCII art, to be read. The defaults are the "
+        "paper's 40,000 training and 5,000 test samples, checked by their checksum; no download.",
+        "prepare figfont data/figfont",
+    )  # fmt: skip
+    figfont.add_argument("out", metavar="OUT", help="folder to write")
+    _int(figfont, "--train-size", None, "first so many training samples")
+    _int(figfont, "--test-size", None, "first so many test samples")
+    _int(figfont, "--min-word-len", 2, "shortest word, letters")
+    _int(figfont, "--max-word-len", 5, "longest word, letters")
+    figfont.add_argument("--fonts", metavar="A,B", help="pyfiglet fonts [the paper's]")
+    _int(figfont, "--seed", 42, "of words and fonts")
+    tiny = _command(
+        commands, "tiny", _tiny,
+        "Make a tiny Llama with random weights as a whole Hugging Face folder. Its tokenizer is "
+        "learnt from the texts of --corpus. For trying things out: it needs no download.",
+        "tiny hf/tiny --corpus data/figfont/train.parquet",
+    )  # fmt: skip
+    tiny.add_argument("out", metavar="OUT", help="folder to write")
+    tiny.add_argument(
+        "--corpus", nargs="+", required=True, metavar="FILE", help="parquet or JSONL files"
+    )
+    tiny.add_argument("--column", default="messages", help="column of the texts [messages]")
+    _int(tiny, "--rows", 2000, "rows of the corpus that the tokenizer learns from")
+    _int(tiny, "--vocab-size", 512, "tokens")
+    _int(tiny, "--hidden-size", 64, "channels")
+    _int(tiny, "--layers", 2, "layers")
+    _int(tiny, "--heads", 4, "attention heads")
+    _int(tiny, "--kv-heads", 2, "key-value heads")
+    _int(tiny, "--seed", 1234, "of the weights")
+    for parser in (figfont, tiny):
+        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+def _add_evaluate(commands: Group) -> None:
+    group = _group(commands, "evaluate", "Score models on a task")
+    figfont = _command(
+        group, "figfont", _evaluate_figfont,
+        "Score Hugging Face folders on FigFont. Decoding is greedy; the scores are exact match, "
+        "exact match without case, and Jaro-Winkler similarity. Prints one table of all models.",
+        "evaluate figfont hf/tiny hf/deft --names base,deft --data data/figfont/test.parquet",
+    )  # fmt: skip
+    figfont.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face folders")
+    figfont.add_argument("--data", required=True, metavar="FILE", help="test.parquet of the data")
+    figfont.add_argument("--out", metavar="FILE", help="write results and answers as JSON")
+    figfont.add_argument("--names", metavar="A,B", help="names in the table [the folders']")
+    figfont.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
+    _int(figfont, "--limit", None, "first so many samples")
+    _int(figfont, "--batch-size", 16, "samples decoded together")
+    _int(figfont, "--max-new-tokens", 5, "tokens of an answer")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    from megatron_deft import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="megatron-deft",
+        description="Supervised fine-tuning on megatron-core with gated objectives "
+        "(NLL, DFT, EAFT, Tsallis, Cayley, DEFT).",
+        epilog="`megatron-deft COMMAND --help` describes a command with an example.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-deft {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error arose (anywhere on the line)"
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _command(
+        commands, "objectives", _objectives,
+        "List the training objectives. Each with its spellings, loss, gate, parameters and source.",
+        "objectives",
+    )  # fmt: skip
+    _add_data(commands)
+    _add_train(commands)
+    _add_convert(commands)
+    _add_evaluate(commands)
+    _command(
+        commands, "doctor", _doctor,
+        "Show what is installed and what is missing. Names the remedy for everything missing, and "
+        "exits with 1 when something required is.",
+        "doctor",
+    )  # fmt: skip
+    return parser
+
+
+def _parse(argv: Sequence[str]) -> Arguments:
+    parser = build_parser()
+    wanted = [argument for argument in argv if argument != "--traceback"]
+    args, rest = parser.parse_known_args(wanted)
+    # argparse takes positionals in one block: overrides after an option come back as the rest.
+    if "overrides" in args and not any(argument.startswith("-") for argument in rest):
+        args.overrides += rest
+    elif rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.traceback = len(wanted) < len(argv)
+    return args
+
+
+def _message(error: Exception) -> str:
+    """An error as one line."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("megatron_deft").setLevel(logging.INFO)
+    try:
+        code: int = args.call(args)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `megatron-deft objectives | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (UserError, OSError) as error:
+        if args.traceback:
+            traceback.print_exc()
+        print(f"megatron-deft: error: {_message(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        if args.traceback:
+            traceback.print_exc()
+        return 130

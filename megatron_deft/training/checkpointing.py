@@ -1,0 +1,228 @@
+"""Training checkpoints: model, optimizer, random generators and data position, whole or not at all.
+
+RUN/checkpoints/step_00000020/ (see checkpoint_folder) is written under a temporary name by all
+ranks, hashed, renamed, and only then named by RUN/checkpoints/latest. The learning rate needs no
+state: it is a pure function of the step.
+"""
+
+import random
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+
+from megatron_deft import checkpoint_folder
+from megatron_deft.errors import UserError
+from megatron_deft.files import publish_folder, temporary_beside
+from megatron_deft.training.optimizer import SHARDING, create_state, load_optimizer_state
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: optimizer steps done, samples consumed."""
+
+    step: int = 0
+    consumed: int = 0
+
+
+def _layout() -> dict[str, int]:
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "data": parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+    }
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": numpy.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    numpy.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])
+
+
+def _rng_object(data: Any) -> ShardedObject:
+    """One entry per pipeline stage and tensor rank; data-parallel ranks draw alike."""
+    layout = _layout()
+    return ShardedObject(
+        "rng_state",
+        data,
+        (layout["pipeline"], layout["tensor"]),
+        (
+            parallel_state.get_pipeline_model_parallel_rank(),
+            parallel_state.get_tensor_model_parallel_rank(),
+        ),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    )
+
+
+def save(
+    run_dir: Path,
+    model: GPTModel,
+    optimizer: MegatronOptimizer,
+    position: Position,
+    hf: Path,
+    fields: Mapping[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write the checkpoint of `position`; every rank calls it, all see the same file system.
+
+    model:   this rank's GPTModel, unwrapped
+    hf:      folder with the Hugging Face side files to carry along
+    fields:  further entries of the manifest (spec, objective, base, config)
+    keep:    how many checkpoints to keep, None for all
+    returns: the checkpoint's folder
+    """
+    root = run_dir / "checkpoints"
+    final = root / checkpoint_folder.step_name(position.step)
+    temporary = Path(_from_rank_0(str(temporary_beside(final))))
+    if dist.get_rank() == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / "state").mkdir(parents=True)
+        shutil.copytree(hf, temporary / "hf")
+    dist.barrier()
+    state = _sharded_state(model, optimizer, is_loading=False) | {"rng": _rng_object(_rng_state())}
+    dist_checkpointing.save(state, str(temporary / "state"))
+    dist.barrier()
+    names = checkpoint_folder.list_files(temporary)[dist.get_rank() :: dist.get_world_size()]
+    hashes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(hashes, checkpoint_folder.hash_files(temporary, names))
+    if dist.get_rank() == 0:
+        checkpoint_folder.write_manifest(
+            temporary,
+            kind="training",
+            step=position.step,
+            files={name: entry for part in hashes for name, entry in part.items()},
+            consumed=position.consumed,
+            layout=_layout(),
+            **fields,
+        )
+        publish_folder(temporary, final)
+        checkpoint_folder.write_latest(root, final.name)
+        _drop_oldest(root, keep)
+    dist.barrier()
+    return final
+
+
+def _from_rank_0(value: Any) -> Any:
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _drop_oldest(root: Path, keep: int | None) -> None:
+    if keep is not None:
+        for path in sorted(root.glob("step_*"))[:-keep]:
+            shutil.rmtree(path)
+
+
+def _sharded_state(
+    model: GPTModel, optimizer: MegatronOptimizer, is_loading: bool
+) -> dict[str, Any]:
+    model_state = model.sharded_state_dict(metadata=SHARDING)
+    optimizer_state = optimizer.sharded_state_dict(
+        model_state, is_loading=is_loading, metadata=SHARDING
+    )
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from (None: start at step 0) and warnings to show; rank 0 looks.
+
+    resume: "no", "auto", "must" or a folder, as train.resume says
+    Errors: UserError (on every rank) when there is none and there must be, when a named one is
+    damaged, or when "no" would overwrite a run.
+    """
+    found: tuple[Path | None, list[str], str | None] | None = None
+    if dist.get_rank() == 0:
+        try:
+            found = (*_find(run_dir, resume), None)
+        except UserError as error:
+            found = (None, [], str(error))
+    path, warnings, problem = _from_rank_0(found)
+    if problem:
+        raise UserError(problem)
+    return path, warnings
+
+
+def _find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+    if resume not in ("no", "auto", "must"):
+        folder = checkpoint_folder.resolve(resume)
+        if problems := checkpoint_folder.verify(folder):
+            raise UserError(f"train.resume={folder} is damaged: {'; '.join(problems)}")
+        return folder, []
+    newest, skipped = checkpoint_folder.newest_whole(run_dir)
+    if resume == "no":
+        if newest is not None:
+            raise UserError(
+                f"run_dir={run_dir} holds checkpoints up to {newest.name}: pass --resume to go on "
+                "from there, or choose another run_dir"
+            )
+        return None, []
+    if newest is None and resume == "must":
+        why = f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else ""
+        raise UserError(
+            f"train.resume=must, but {run_dir}/checkpoints holds no whole checkpoint{why}: check "
+            "run_dir, or pass train.resume=auto to start at step 0"
+        )
+    used = f"going on from {newest.name}" if newest else "starting at step 0"
+    return newest, [f"{path} is passed over ({why}); {used}" for path, why in skipped]
+
+
+def load(
+    folder: Path, model: GPTModel, optimizer: MegatronOptimizer
+) -> tuple[Position, dict[str, Any], list[str]]:
+    """Load `folder` into the model and optimizer of this rank, whatever layout wrote it.
+
+    returns: where that run stood, its manifest, and notes for the log
+    """
+    manifest = checkpoint_folder.read_manifest(folder)
+    if manifest["kind"] != "training":
+        raise UserError(
+            f"{folder} holds weights without optimizer state: name it as model.load, and start "
+            "without --resume"
+        )
+    create_state(optimizer)
+    state = _sharded_state(model, optimizer, is_loading=True)
+    layout, notes = _layout(), []
+    same = all(layout[name] == manifest["layout"][name] for name in ("tensor", "pipeline"))
+    if same:
+        state["rng"] = _rng_object(None)
+    else:
+        notes.append(
+            f"resumed at another layout than {manifest['layout']}: weights, optimizer and data "
+            "position are exact, dropout draws anew"
+        )
+    with torch.no_grad():
+        loaded = dist_checkpointing.load(state, str(folder / "state"))
+    model.load_state_dict(loaded["model"])
+    load_optimizer_state(optimizer, loaded["optimizer"])
+    if same:
+        _set_rng_state(loaded["rng"])
+    return Position(manifest["step"], manifest["consumed"]), manifest, notes
+
+
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what interrupted saves left under temporary names; rank 0 calls it at the start."""
+    for path in (run_dir / "checkpoints").glob(".step_*"):
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,314 @@
+"""One training run from top to bottom: load, loop, log, validate, save."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_deft import checkpoint_folder
+from megatron_deft.config import RunConfig, dump_yaml, to_dict
+from megatron_deft.convert.state import load_model
+from megatron_deft.data.chat import render_sample
+from megatron_deft.data.dataset import Batch, Dataset, collate, load_dataset
+from megatron_deft.data.sampler import Indices, Stream, full_pass, padded_length, rank_share
+from megatron_deft.errors import UserError
+from megatron_deft.files import atomic_write
+from megatron_deft.loss.attach import Attachment, attach
+from megatron_deft.loss.reduction import reduce_loss
+from megatron_deft.models.build import build_model, transformer_config
+from megatron_deft.models.families import ModelSpec
+from megatron_deft.platform import device
+from megatron_deft.training import checkpointing
+from megatron_deft.training.checkpointing import Position
+from megatron_deft.training.metrics import MetricsLog, progress_line
+from megatron_deft.training.optimizer import build_optimizer, set_learning_rate, wrap_model
+from megatron_deft.training.schedule import learning_rate, warmup_length
+from megatron_deft.training.statistics import means, reduce_sums, token_sums
+
+LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: what GPUs' matrix units want
+
+
+def say(message: str) -> None:
+    """A line for the person who runs this, once: from rank 0."""
+    if dist.get_rank() == 0:
+        print(message, flush=True)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The run's samples and the order they come in."""
+
+    train: Dataset
+    val: Dataset | None
+    stream: Stream
+    total_steps: int
+
+
+def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
+    """The tokenizer carried in a checkpoint folder. Errors: UserError when model and it differ."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    if len(tokenizer) > spec.vocab_size:
+        raise UserError(
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {spec.vocab_size}: "
+            "resize the model's embeddings before converting it, or use its own tokenizer"
+        )
+    return tokenizer
+
+
+def load_data(cfg: RunConfig, tokenizer: Any) -> Data:
+    """Read and tokenise the training and validation files; every rank reads all of them."""
+    first = dist.get_rank() == 0
+    train = load_dataset(
+        cfg.data, cfg.data.train_files, tokenizer, progress=first and sys.stderr.isatty()
+    )
+    val = None
+    if cfg.data.val_files:
+        val = load_dataset(cfg.data, cfg.data.val_files, tokenizer, cfg.data.val_max_samples)
+    for name, dataset in (("data.train_files", train), ("data.val_files", val)):
+        if dataset is not None:
+            say(f"{name}: {len(dataset)} samples ({dataset.format})")
+            for note in dataset.notes:
+                say(f"  {note}")
+    stream = Stream(len(train), cfg.seed, cfg.data.shuffle)
+    steps = cfg.train.steps
+    if steps is None:
+        assert cfg.train.epochs is not None
+        steps = stream.steps(cfg.train.epochs, cfg.train.global_batch)
+    warmup_length(cfg.optim, steps)  # refuse an impossible schedule before the first step
+    return Data(train, val, stream, steps)
+
+
+def show_sample(data: Data, tokenizer: Any) -> None:
+    """Print the first sample with its trained tokens marked."""
+    batch = collate(data.train.take([0]), int(data.train.lengths[0]))
+    color = sys.stdout.isatty()
+    text = render_sample(tokenizer, batch["tokens"][0], batch["labels"][0], color)
+    say(f"first sample (trained tokens {'in green' if color else 'between ⟦ and ⟧'}):\n{text}\n")
+
+
+class Trainer:
+    """The model, optimizer and data of one rank, and the loop over steps."""
+
+    def __init__(self, cfg: RunConfig, folder: Path, spec: ModelSpec) -> None:
+        """Build everything; `folder` is the resolved model.load and `spec` its architecture."""
+        self.cfg, self.spec = cfg, spec
+        self.run_dir = Path(cfg.run_dir)
+        resume, warnings = checkpointing.find(self.run_dir, cfg.train.resume)
+        for warning in warnings:
+            say(f"warning: {warning}")
+        self.source = folder if resume is None else resume
+        tokenizer = load_tokenizer(self.source, spec)
+        self.data = load_data(cfg, tokenizer)
+        if cfg.data.show_sample:
+            show_sample(self.data, tokenizer)
+
+        tcfg = transformer_config(
+            spec,
+            tensor=cfg.parallel.tensor,
+            pipeline=cfg.parallel.pipeline,
+            context=cfg.parallel.context,
+            sequence=cfg.parallel.sequence,
+            dtype=cfg.model.dtype,
+            recompute=cfg.model.recompute,
+            attention_dropout=cfg.model.attention_dropout,
+            hidden_dropout=cfg.model.hidden_dropout,
+            # The loss function returns numerator and denominator; megatron-core divides the
+            # gradient by the sum of denominators over micro-batches and data-parallel ranks.
+            calculate_per_token_loss=True,
+        )
+        self.model = build_model(spec, tcfg, vocab_pad_multiple=cfg.parallel.vocab_pad_multiple)
+        if resume is None:
+            load_model(self.model, folder / "state")
+        self.ddp = wrap_model(cfg, self.model)
+        self.attachment = attach(self.ddp, cfg.objective, vocab_size=spec.vocab_size)
+        self.optimizer = build_optimizer(cfg, self.ddp)
+        tcfg.finalize_model_grads_func = finalize_model_grads
+        if cfg.parallel.overlap_grad_reduce:
+            tcfg.no_sync_func = self.ddp.no_sync
+        self.position = Position()
+        self.base = checkpoint_folder.read_manifest(folder).get("base")
+        if resume is not None:
+            self._resume(resume)
+
+    def _resume(self, folder: Path) -> None:
+        self.position, manifest, notes = checkpointing.load(folder, self.model, self.optimizer)
+        self.base = manifest.get("base", self.base)
+        if manifest["samples"] != len(self.data.train):
+            notes.append(
+                f"the data changed: {manifest['samples']} samples when {folder.name} was saved, "
+                f"{len(self.data.train)} now; the order of samples is another one"
+            )
+        if manifest["objective"] != self.attachment.objective.spec:
+            notes.append(
+                f"the objective changed from {manifest['objective']} to "
+                f"{self.attachment.objective.spec}"
+            )
+        for note in notes:
+            say(f"warning: {note}")
+        say(f"resumed from {folder}: step {self.position.step}")
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step. Returns the metrics of the last step of the run."""
+        cfg, total = self.cfg, self.data.total_steps
+        if dist.get_rank() == 0:
+            checkpointing.remove_leftovers(self.run_dir)
+            with atomic_write(self.run_dir / "config.yaml") as handle:
+                handle.write(dump_yaml(cfg))
+        say(
+            f"training with {self.attachment.objective.spec}, reduction {cfg.reduction}: steps "
+            f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
+        )
+        log = None
+        if dist.get_rank() == 0:
+            log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
+        metrics: dict[str, float] = {}
+        begin, first = time.perf_counter(), self.position.step
+        try:
+            while self.position.step < total:
+                metrics = self.step()
+                step = self.position.step
+                if self._is_due(cfg.train.val_every, step) and self.data.val is not None:
+                    metrics |= self.validate(self.data.val)
+                if log is not None:
+                    log.log(step, metrics)
+                if step % cfg.train.log_every == 0 or step == total:
+                    pace = (time.perf_counter() - begin) / (step - first)
+                    say(progress_line(metrics, step, total, pace))
+                save_now = cfg.train.save_every and step % cfg.train.save_every == 0
+                if save_now or (step == total and cfg.train.save_at_end):
+                    self.save()
+        finally:
+            if log is not None:
+                log.close()
+        return metrics
+
+    def _is_due(self, every: int | None, step: int) -> bool:
+        return step == self.data.total_steps or (every is not None and step % every == 0)
+
+    def step(self) -> dict[str, float]:
+        """One optimizer step on the next global batch; the metrics, the same on every rank."""
+        begin = time.perf_counter()
+        cfg, data, position = self.cfg, self.data, self.position
+        number = position.step + 1
+        batch = data.stream.take(position.consumed, cfg.train.global_batch)
+        lr = learning_rate(cfg.optim, data.total_steps, number)
+        set_learning_rate(self.optimizer, lr)
+        self.ddp.train()
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        metrics = means(self._forward_backward(data.train, batch, forward_only=False))
+        _, grad_norm, _ = self.optimizer.step()
+        self.position = Position(number, position.consumed + len(batch))
+        metrics["grad_norm"] = float(grad_norm or 0.0)
+        self._stop_if_not_finite(metrics, number)
+        seconds = time.perf_counter() - begin
+        tokens = int(data.train.lengths[batch].sum())
+        return metrics | {
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds,
+            "step_seconds": seconds,
+            "samples": self.position.consumed,
+            "epoch": data.stream.epochs(self.position.consumed),
+        }
+
+    def _stop_if_not_finite(self, metrics: dict[str, float], step: int) -> None:
+        for name in ("loss", "grad_norm"):
+            value = metrics[name]
+            if value != value or abs(value) == float("inf"):
+                raise UserError(
+                    f"step {step}: {name} is {value}; stopped before anything was saved from it: "
+                    "lower optim.lr, look at the samples of this step, or train in fp32"
+                )
+
+    @torch.no_grad()
+    def validate(self, dataset: Dataset) -> dict[str, float]:
+        """The objective and its statistics over all of `dataset`, named val_*."""
+        self.ddp.eval()
+        total = torch.zeros((), dtype=torch.float64)
+        for batch in full_pass(len(dataset), self.cfg.train.global_batch):
+            total = total + self._forward_backward(dataset, batch, forward_only=True).cpu()
+        return {f"val_{name}": value for name, value in means(total).items()
+                if not name.startswith("gate_histogram")}  # fmt: skip
+
+    def _forward_backward(self, dataset: Dataset, batch: Indices, forward_only: bool) -> Tensor:
+        """Run one global batch through the pipeline; the sums over all ranks (see statistics)."""
+        cfg = self.cfg
+        multiple = LENGTH_MULTIPLE * (cfg.parallel.tensor if cfg.parallel.sequence else 1)
+        length = padded_length(dataset.lengths, batch, multiple)
+        rows = rank_share(
+            batch,
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+            cfg.train.micro_batch,
+        )
+        parts = get_forward_backward_func()(
+            forward_step_func=forward_step(self.attachment, cfg.reduction),
+            data_iterator=_micro_batches(dataset, rows, length),
+            model=[self.ddp],
+            num_microbatches=len(rows),
+            seq_length=length,
+            micro_batch_size=cfg.train.micro_batch,
+            forward_only=forward_only,
+        )
+        return reduce_sums(parts, device())
+
+    def save(self) -> Path:
+        """Write a checkpoint of where the run stands."""
+        begin = time.perf_counter()
+        folder = checkpointing.save(
+            self.run_dir,
+            self.model,
+            self.optimizer,
+            self.position,
+            self.source / "hf",
+            {
+                "spec": self.spec.to_json(),
+                "objective": self.attachment.objective.spec,
+                "base": self.base,
+                "samples": len(self.data.train),
+                "config": to_dict(self.cfg),
+            },
+            self.cfg.train.keep_checkpoints,
+        )
+        self.source = folder
+        say(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
+        return folder
+
+
+def _micro_batches(dataset: Dataset, rows: Indices, length: int) -> Iterator[Batch]:
+    for indices in rows:
+        batch = collate(dataset.take(indices), length)
+        yield {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+
+
+def forward_step(attachment: Attachment, reduction: str) -> Callable[..., Any]:
+    """megatron-core's forward step: one micro-batch through this stage, and its loss function."""
+
+    def loss_function(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        statistics = attachment.statistics
+        assert statistics is not None
+        numerator, denominator = reduce_loss(loss, statistics.keep, reduction)
+        sums = token_sums(statistics, numerator, denominator)
+        return numerator, denominator.int(), {"sums": sums}
+
+    def run(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        output = model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
+            loss_mask=(batch["labels"] >= 0).float(),
+        )  # fmt: skip
+        return output, loss_function
+
+    return run

@@ -1,0 +1,201 @@
+"""Real Hugging Face configs against the specs read from them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+
+from megatron_deft.errors import UserError
+from megatron_deft.models.families import ModelSpec, spec_from_hf
+
+LLAMA3_SCALING = {
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+# config.json of meta-llama/Llama-3.1-8B and Qwen/Qwen2.5-1.5B, as transformers 4 wrote them
+LLAMA_31_8B: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {**LLAMA3_SCALING, "rope_type": "llama3"},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.43.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+QWEN_25_1B: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 1536,
+    "initializer_range": 0.02,
+    "intermediate_size": 8960,
+    "max_position_embeddings": 131072,
+    "max_window_layers": 28,
+    "model_type": "qwen2",
+    "num_attention_heads": 12,
+    "num_hidden_layers": 28,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 131072,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+
+
+def test_llama_31() -> None:
+    assert spec_from_hf(LLAMA_31_8B) == ModelSpec(
+        family="llama",
+        num_layers=32,
+        hidden_size=4096,
+        ffn_hidden_size=14336,
+        num_attention_heads=32,
+        num_query_groups=8,
+        head_dim=128,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        rope_theta=500000.0,
+        rope_scaling={"rope_type": "llama3", **LLAMA3_SCALING},
+        tied_embeddings=False,
+        qkv_bias=False,
+        attention_out_bias=False,
+        mlp_bias=False,
+        initializer_range=0.02,
+    )
+
+
+def test_qwen_25() -> None:
+    spec = spec_from_hf(QWEN_25_1B)
+    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, False, False)
+    assert (spec.num_query_groups, spec.head_dim, spec.tied_embeddings) == (2, 128, True)
+    assert (spec.rope_theta, spec.rope_scaling) == (1e6, None)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "raw"), [(LlamaConfig, LLAMA_31_8B), (Qwen2Config, QWEN_25_1B)]
+)
+def test_what_transformers_makes_of_it_is_the_same_model(
+    config_class: type[PretrainedConfig], raw: dict[str, Any]
+) -> None:
+    """The installed transformers writes its own spelling and every default."""
+    assert spec_from_hf(config_class(**raw).to_dict()) == spec_from_hf(raw)
+
+
+@pytest.mark.parametrize(
+    "config_class", [LlamaConfig, Qwen2Config, lambda **kw: MistralConfig(**kw)]
+)
+def test_absent_keys_mean_what_they_mean_to_transformers(
+    config_class: Callable[..., PretrainedConfig],
+) -> None:
+    sizes = {
+        "hidden_size": 256,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 2,
+        "intermediate_size": 300,
+        "vocab_size": 1000,
+    }
+    whole = config_class(sliding_window=None, **sizes).to_dict()
+    bare = {**sizes, "model_type": whole["model_type"], "sliding_window": None}
+    assert spec_from_hf(bare) == spec_from_hf(whole)
+
+
+def test_both_spellings_of_rope() -> None:
+    bare = {k: v for k, v in LLAMA_31_8B.items() if k not in ("rope_theta", "rope_scaling")}
+    scaling = {**LLAMA3_SCALING, "rope_type": "llama3"}
+    parameters = {**scaling, "rope_theta": 500000.0}
+    old = {**bare, "rope_theta": 500000, "rope_scaling": {**LLAMA3_SCALING, "type": "llama3"}}
+    spellings = [
+        old,
+        {**bare, "rope_parameters": parameters},
+        {**old, "rope_parameters": parameters},
+    ]
+    assert [spec_from_hf(config) for config in spellings] == [spec_from_hf(LLAMA_31_8B)] * 3
+
+
+def test_biases_of_llama() -> None:
+    spec = spec_from_hf({**LLAMA_31_8B, "attention_bias": True})
+    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, True, False)
+    spec = spec_from_hf({**LLAMA_31_8B, "mlp_bias": True})
+    assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (False, False, True)
+
+
+def mistral(**changes: Any) -> dict[str, Any]:
+    return {**MistralConfig(sliding_window=None).to_dict(), **changes}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "gpt2"}, r"'gpt2' is not one of \['llama', 'mistral', 'qwen2'\]"),
+        ({}, "model_type 'None'"),
+        ({**LLAMA_31_8B, "hidden_act": "gelu"}, "hidden_act 'gelu' .* silu"),
+        ({**LLAMA_31_8B, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({**LLAMA_31_8B, "quantization_config": {"bits": 4}}, "quantization_config"),
+        ({**LLAMA_31_8B, "architectures": ["LlamaForTokenClassification"]}, "LlamaForCausalLM"),
+        ({**LLAMA_31_8B, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+        ({**LLAMA_31_8B, "rope_scaling": {"rope_type": "llama3"}}, "lacks .*'factor'"),
+        ({**LLAMA_31_8B, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given as"),
+        (
+            {**LLAMA_31_8B, "rope_parameters": {"rope_theta": 500000.0}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        (
+            {**QWEN_25_1B, "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "per layer type",
+        ),
+        ({**LLAMA_31_8B, "num_key_value_heads": 5}, "32 heads do not divide by 5 groups"),
+        ({**LLAMA_31_8B, "num_attention_heads": 33}, "not a multiple of 33 heads"),
+        ({**LLAMA_31_8B, "vocab_size": None}, "vocab_size must be a positive integer, got None"),
+        ({**QWEN_25_1B, "use_sliding_window": True}, "use_sliding_window True"),
+        ({**QWEN_25_1B, "layer_types": ["sliding_attention"] * 28}, "layer_types"),
+        (mistral(sliding_window=4096), "sliding_window 4096 .* null"),
+        (
+            {k: v for k, v in mistral().items() if k != "sliding_window"},
+            "sliding_window 4096",
+        ),
+    ],
+)
+def test_what_is_not_exact_is_refused_by_name(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        spec_from_hf(config)
+    assert "\n" not in str(error.value)
+
+
+def test_json_round_trip() -> None:
+    spec = spec_from_hf(LLAMA_31_8B)
+    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    renamed = {"size" if key == "vocab_size" else key: v for key, v in spec.to_json().items()}
+    with pytest.raises(UserError, match=r"missing fields \['vocab_size'\].*unknown fields \['size"):
+        ModelSpec.from_json(renamed)
+
+
+def test_reading_a_config_needs_no_torch() -> None:
+    code = "import sys, megatron_deft.models.families; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
