@@ -12,21 +12,19 @@ import os
 import sys
 import textwrap
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_deft.errors import UserError
-from megatron_deft.launch import USER_ERROR, Nodes, is_rank, run
+from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 
 if TYPE_CHECKING:
     from megatron_deft.models.families import ModelSpec
 
 Arguments = argparse.Namespace
-
-
-# What the commands do
 
 
 def _objectives(args: Arguments) -> int:
@@ -96,11 +94,9 @@ def _train(args: Arguments) -> int:
         raise UserError("a launcher started this process: drop --nproc-per-node and --nnodes")
     started = is_rank() and nodes.world_size == 1
     overrides = [*args.overrides, *(["train.resume=must"] if args.resume else [])]
-    again = [args.config, *overrides, *(["--traceback"] if args.traceback else [])]
-    if not started or args.dry_run:  # else the rank itself checks, and one of the ranks complains
-        world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
-        config = load_config(args.config, overrides)
-        config.validate(world_size, _model_spec(config.model.load))
+    world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
+    config = load_config(args.config, overrides)
+    config.validate(world_size, _model_spec(config.model.load))
     if args.dry_run:
         ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
         print(dump_yaml(config), end="")
@@ -108,10 +104,12 @@ def _train(args: Arguments) -> int:
         print(f"# {batches} micro-batches per step and data-parallel rank")
         return 0
     if nodes.world_size == 1:
-        from megatron_deft.train import main as train
+        from megatron_deft.train import run
 
-        return train(again)
-    return run(["-m", "megatron_deft.train", *again], nodes)
+        run(config)
+        return 0
+    again = ["--traceback"] if args.traceback else []
+    return launch(["-m", "megatron_deft", "train", args.config, *overrides, *again], nodes)
 
 
 def _model_spec(load: str) -> ModelSpec:
@@ -184,8 +182,6 @@ def _doctor(args: Arguments) -> int:
     print(report(findings))
     return 0 if healthy(findings) else 1
 
-
-# Their arguments
 
 Group = Any  # argparse's subparsers, whose class has no public name
 
@@ -353,8 +349,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _command(
         commands, "doctor", _doctor,
-        "Show what is installed and what is missing. Names the remedy for everything missing, and "
-        "exits with 1 when something required is.",
+        "Show what is installed and what is missing. Everything missing is named with its remedy; "
+        "exits with 1 when it is something required.",
         "doctor",
     )  # fmt: skip
     return parser
@@ -385,6 +381,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_deft").setLevel(logging.INFO)
+    warnings.simplefilter("ignore", FutureWarning)  # of torch and megatron-core to each other
     try:
         code: int = args.call(args)
         sys.stdout.flush()
@@ -395,7 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if args.traceback:
             traceback.print_exc()
-        print(f"megatron-deft: error: {_message(error)}", file=sys.stderr)
+        report_user_error(f"megatron-deft: error: {_message(error)}")
         return USER_ERROR
     except KeyboardInterrupt:
         if args.traceback:

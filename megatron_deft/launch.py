@@ -6,11 +6,13 @@ variables, rendezvous and supervision (one rank fails, the others are stopped).
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,23 +62,26 @@ class Nodes:
 
 
 def is_rank() -> bool:
-    """Whether a launcher (torchrun, srun, or `run` below) started this process as one of many."""
+    """Whether a launcher (torchrun, srun, `launch` below) started this process as one of many."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def run(command: Sequence[str], nodes: Nodes) -> int:
+def launch(command: Sequence[str], nodes: Nodes) -> int:
     """Run `python *command` as `nodes.processes` ranks on this machine; the exit code.
 
-    A rank that ends with USER_ERROR has printed its one line, and nothing is added to it, above all
-    not torchrun's failure report. Any other failure is named by rank and exit code, after the
-    traceback that the rank printed itself.
+    A rank that ends with USER_ERROR has nothing to explain beyond its message: that is printed
+    once (see `report_user_error`), and torchrun's failure report not at all. Any other failure is
+    named by rank and exit code, after the traceback that the rank printed itself.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The agent logs every failure at length; what a user needs of it is printed below.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # The agent logs every failure at length; what a user needs of it is printed below. Its loggers
+    # have levels of their own, so silencing their parent would not do.
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     if nodes.processes > 1:
         # As torchrun: the ranks would otherwise each start one thread per core.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -116,11 +121,14 @@ def _rendezvous(nodes: Nodes) -> dict[str, Any]:
 
 
 def _explain(failures: dict[int, Any]) -> int:
-    """The exit code of the run, and one line on what failed unless it was a user's mistake."""
+    """The exit code of the run; prints what is not on the terminal yet about the failed ranks."""
     # Those that the agent stopped fell because of the others.
     culprits = {rank: f for rank, f in failures.items() if f.exitcode != -signal.SIGTERM}
     culprits = culprits or failures
-    if any(failure.exitcode == USER_ERROR for failure in culprits.values()):
+    if mistaken := [rank for rank, f in culprits.items() if f.exitcode == USER_ERROR]:
+        # Rank 0 has printed its own, even if it was stopped before it could end.
+        if not (0 in failures and os.path.isfile(failures[0].error_file)):
+            print(failures[min(mistaken)].message, file=sys.stderr)
         return USER_ERROR
     ended = [
         f"rank {rank} with " + (f"exit code {f.exitcode}" if f.exitcode > 0 else f.signal_name())
@@ -128,3 +136,17 @@ def _explain(failures: dict[int, Any]) -> int:
     ]
     print(f"megatron-deft: the run failed: {', '.join(ended)}; see above", file=sys.stderr)
     return 1
+
+
+def report_user_error(message: str) -> None:
+    """Print a mistake once per run: rank 0 prints it, another rank leaves it to its agent.
+
+    Mostly all ranks fail alike, and any of them may be stopped before it speaks. So each writes
+    torchrun's error file; the agent prints a message from there unless rank 0 came to speak.
+    """
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE") if is_rank() else None
+    if file:
+        with open(file, "w", encoding="utf-8") as handle:
+            json.dump({"message": message, "timestamp": int(time.time())}, handle)
+    if not file or os.environ["RANK"] == "0":
+        print(message, file=sys.stderr, flush=True)

@@ -3,12 +3,17 @@
 import os
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+# Ranks are forked from one process that has imported torch and megatron-core: the imports, several
+# seconds each, are then paid once and not once per rank and test.
+forkserver.set_forkserver_preload(["tests.preload"])
 
 
 def _worker(
@@ -38,7 +43,12 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any) -> list[Any]:
     rank order. The first rank that fails re-raises here with its traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, args=(world_size, folder, fn, args), nprocs=world_size, join=True)
+        mp.start_processes(
+            _worker,
+            args=(world_size, folder, fn, args),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
         return [
             torch.load(Path(folder) / f"result_{rank}.pt", weights_only=False)
             for rank in range(world_size)

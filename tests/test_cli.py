@@ -219,7 +219,7 @@ def test_dry_run_of_many_processes(run_yaml, capsys):
     ],
 )
 def test_train_refuses_before_anything_starts(run_yaml, capsys, monkeypatch, arguments, expected):
-    stub(monkeypatch, "megatron_deft.train", "main", raising(AssertionError("started")))
+    stub(monkeypatch, "megatron_deft.train", "run", raising(AssertionError("started")))
     assert expected in failure(capsys, "train", run_yaml, *arguments)
 
 
@@ -239,22 +239,21 @@ def test_a_hugging_face_folder_is_told_to_be_converted(run_yaml, capsys, tmp_pat
         assert "is a Hugging Face folder: run `megatron-deft convert import" in line
 
 
-@pytest.mark.parametrize("returned", [0, 2])
-def test_one_process_trains_here(run_yaml, monkeypatch, returned):
+def test_one_process_trains_here(run_yaml, monkeypatch):
     seen = []
-    stub(monkeypatch, "megatron_deft.train", "main", lambda argv: seen.append(argv) or returned)
-    assert main(["train", run_yaml, "seed=7", "--nproc-per-node", "1", "--traceback"]) == returned
-    assert seen == [[run_yaml, "seed=7", "--traceback"]]
+    stub(monkeypatch, "megatron_deft.train", "run", seen.append)
+    assert main(["train", run_yaml, "seed=7", "--nproc-per-node", "1"]) == 0
+    assert seen == [load_config(run_yaml, ["seed=7"])]
 
 
 def test_several_processes_are_launched(run_yaml, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "megatron_deft.cli.run",
+        "megatron_deft.cli.launch",
         lambda command, nodes: seen.append((command, nodes.world_size)) or 2,
     )
     assert main(["train", run_yaml, "--nproc-per-node", "2", "seed=7", "--resume"]) == 2
-    command = ["-m", "megatron_deft.train", run_yaml, "seed=7", "train.resume=must"]
+    command = ["-m", "megatron_deft", "train", run_yaml, "seed=7", "train.resume=must"]
     assert seen == [(command, 2)]
 
 
@@ -263,17 +262,21 @@ def test_resume_is_an_override(run_yaml, capsys):
     assert "resume: must" in capsys.readouterr().out
 
 
-def test_under_torchrun_it_is_one_rank(run_yaml, monkeypatch, capsys):
+def test_under_torchrun_it_is_one_rank(run_yaml, monkeypatch, capsys, tmp_path):
     seen = []
-    stub(monkeypatch, "megatron_deft.train", "main", lambda argv: seen.append(argv) or 0)
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    # 3 data-parallel ranks do not share a batch of 256: the rank says so, not this command as well
-    assert main(["train", run_yaml]) == 0
-    assert seen == [[run_yaml]]
-    assert "train.global_batch=256" in failure(capsys, "train", run_yaml, "--dry-run")
+    stub(monkeypatch, "megatron_deft.train", "run", seen.append)
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", run_yaml, "train.global_batch=3"]) == 0
+    assert seen == [load_config(run_yaml, ["train.global_batch=3"])]
     assert "drop --nproc-per-node" in failure(capsys, "train", run_yaml, "--nproc-per-node", "2")
+    # 3 data-parallel ranks cannot share 256 samples; rank 0 says so, the others to their agent
+    assert "train.global_batch=256" in failure(capsys, "train", run_yaml)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    assert main(["train", run_yaml]) == 2
+    assert capsys.readouterr() == ("", "")
+    assert "train.global_batch=256" in (tmp_path / "error.json").read_text()
 
 
 def test_a_mistake_in_two_ranks_is_one_line(run_yaml, tmp_path):

@@ -20,13 +20,13 @@ def command(worker: str, nodes: str) -> list[str]:
     """A process that launches ranks, each running the python code `worker`."""
     code = (
         "import sys\n"
-        "from megatron_deft.launch import Nodes, run\n"
-        f"sys.exit(run(['-c', {worker!r}], {nodes}))\n"
+        "from megatron_deft.launch import Nodes, launch\n"
+        f"sys.exit(launch(['-c', {worker!r}], {nodes}))\n"
     )
     return [sys.executable, "-c", code]
 
 
-def launch(worker: str, nodes: str = "Nodes(2)") -> subprocess.CompletedProcess[str]:
+def start(worker: str, nodes: str = "Nodes(2)") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(worker, nodes), capture_output=True, text=True, timeout=TIMEOUT, check=False
     )
@@ -34,16 +34,17 @@ def launch(worker: str, nodes: str = "Nodes(2)") -> subprocess.CompletedProcess[
 
 MISTAKE = (
     "import os, sys, time\n"
+    "from megatron_deft.launch import report_user_error\n"
     "rank = int(os.environ['RANK'])\n"
     "if rank not in {ranks}: time.sleep(30)\n"
-    "time.sleep(5 * rank)\n"  # as megatron_deft.train: rank 0 speaks for all that fail alike
-    "print('oh no, a mistake', file=sys.stderr)\n"
+    "report_user_error('oh no, a mistake')\n"
+    "if rank == {slow}: time.sleep(30)\n"
     "sys.exit(2)\n"
 )
 
 
 def test_every_rank_has_torchruns_environment():
-    result = launch(
+    result = start(
         "import os\n"
         "names = ['RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'OMP_NUM_THREADS']\n"
         "os.environ['MASTER_PORT'], os.environ['MASTER_ADDR']\n"
@@ -55,15 +56,19 @@ def test_every_rank_has_torchruns_environment():
     assert result.stderr == ""
 
 
-@pytest.mark.parametrize("ranks", [(0, 1), (1,)], ids=["every rank", "rank 1 alone"])
-def test_a_users_mistake_is_the_ranks_own_line_and_code_2(ranks):
-    result = launch(MISTAKE.format(ranks=ranks))
+@pytest.mark.parametrize(
+    ("ranks", "slow"),
+    [((1,), None), ((0, 1), 0)],
+    ids=["rank 1 alone", "every rank, 0 stopped while it ends"],
+)
+def test_a_users_mistake_is_one_line_and_code_2(ranks, slow):
+    result = start(MISTAKE.format(ranks=ranks, slow=slow))
     assert result.returncode == 2
     assert result.stderr.strip() == "oh no, a mistake"
 
 
 def test_a_crash_names_the_rank_below_its_traceback():
-    result = launch(
+    result = start(
         "import os, time\n"
         "if os.environ['RANK'] == '1': raise RuntimeError('broken')\n"
         "time.sleep(30)"
@@ -75,7 +80,7 @@ def test_a_crash_names_the_rank_below_its_traceback():
 
 
 def test_a_killed_rank_is_named_with_its_signal():
-    result = launch(
+    result = start(
         "import os, signal, time\n"
         "if os.environ['RANK'] == '0': os.kill(os.getpid(), signal.SIGKILL)\n"
         "time.sleep(30)"
@@ -85,16 +90,22 @@ def test_a_killed_rank_is_named_with_its_signal():
 
 
 def test_an_interrupt_stops_the_ranks_and_is_130():
+    worker = (
+        "import sys, time\n"
+        "try: print('ready', flush=True), time.sleep(60)\n"
+        "except KeyboardInterrupt: sys.exit(130)\n"
+    )
     process = subprocess.Popen(
-        command("import time\nprint('ready', flush=True)\ntime.sleep(60)", "Nodes(1)"),
+        command(worker, "Nodes(1)"),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=TIMEOUT)
+    _, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 130
+    assert err == ""
     assert time.monotonic() - begun < 55  # the rank did not sleep to its end
 
 

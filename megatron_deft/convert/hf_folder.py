@@ -229,8 +229,9 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     head = ["library_name: transformers"]
     if base and "/" in base:
         head.append(f"base_model: {base}")
-    tags = ["megatron_deft", *([objective] if objective else [])]
-    head += ["tags:", *(f"- {json.dumps(tag)}" for tag in tags)]
+    head += ["tags:", "- megatron_deft"]
+    if objective:
+        head.append("- " + re.split(r"\W", objective)[0])  # deft of deft(eps=1e-06)
     facts = {
         "Family": manifest["spec"]["family"],
         "Base model": base,

@@ -191,7 +191,8 @@ def load_model(model: torch.nn.Module, folder: str | Path) -> None:
     # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none.
     wanted = {key: value for key, value in wanted.items() if not key.endswith("_extra_state")}
     loaded = dist_checkpointing.load(wanted, str(folder))
-    result = model.load_state_dict(loaded, strict=False)
+    # It brings along whatever else the checkpoint keeps in common.pt, such as learning rates.
+    result = model.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
     assert not missing, missing
     assert not result.unexpected_keys, result.unexpected_keys

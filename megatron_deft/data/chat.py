@@ -237,8 +237,10 @@ def _end_of_turn(tokenizer: Any, text: str, start: int) -> int:
 
 @lru_cache(maxsize=4)  # the tokenizer rebuilds its table at every look
 def _special_tokens(tokenizer: Any) -> frozenset[str]:
-    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return frozenset(special | set(tokenizer.all_special_tokens))
+    # Not all_special_tokens: a base Llama 3 ends turns with a token that has no role of its own.
+    return frozenset(
+        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
+    )
 
 
 def _name(tokenizer: Any) -> str:

@@ -49,7 +49,8 @@ def transformer_config(
     Args:
         spec: the architecture.
         tensor, pipeline, context: parallel sizes.
-        sequence: split norms and dropout along the sequence; only has effect with tensor > 1.
+        sequence: split norms and dropout along the sequence; only has effect with tensor > 1, and
+            then every batch's length must be a multiple of tensor.
         dtype: "fp32" or "bf16", of parameters, activations and what pipeline stages send.
         recompute: "none", or "full" to keep only each layer's input for the backward pass.
         attention_dropout, hidden_dropout: probabilities in training mode.
@@ -60,9 +61,8 @@ def transformer_config(
             without that mark gradient norms count one rank's part.
     """
     assert perform_initialization or tensor == 1
-    fused = (
-        has_transformer_engine()
-    )  # The fusions need TransformerEngine or torch.compile on a GPU.
+    # The fusions need it, or torch.compile on a GPU.
+    fused = has_transformer_engine()
     return TransformerConfig(
         num_layers=spec.num_layers,
         hidden_size=spec.hidden_size,
@@ -175,4 +175,4 @@ def build_model(
     )
     # A plain attribute, not a buffer: neither .to(bfloat16) nor a checkpoint touches it.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(device())
-    return model.to(device())
+    return model

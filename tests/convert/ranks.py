@@ -48,6 +48,7 @@ def save(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
 
     state = dict(model.sharded_state_dict())
+    state["optimizer"] = {"param_groups": [{"lr": 0.1}], "step": 1}
     state["moment"] = ShardedTensor.from_rank_offsets(
         "optimizer.state.exp_avg.decoder.final_layernorm.weight",
         torch.full((4,), float(dist.get_rank())),

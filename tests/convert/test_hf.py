@@ -138,7 +138,7 @@ def test_model_card_of_a_checkpoint() -> None:
         "kind": "training",
         "spec": {"family": "qwen2"},
         "step": 20,
-        "objective": "deft:alpha=0.5",
+        "objective": "deft(eps=1e-06)",
         "base": "a/b",
     }
     card = hf_folder.model_card(manifest)
@@ -147,10 +147,10 @@ def test_model_card_of_a_checkpoint() -> None:
         "library_name: transformers",
         "base_model: a/b",
         "tags:",
-        '- "megatron_deft"',
-        '- "deft:alpha=0.5"',
+        "- megatron_deft",
+        "- deft",
     ]
-    for line in ("- Base model: a/b", "- Objective: deft:alpha=0.5", "- Optimizer steps: 20"):
+    for line in ("- Base model: a/b", "- Objective: deft(eps=1e-06)", "- Optimizer steps: 20"):
         assert line in text.splitlines()
 
 

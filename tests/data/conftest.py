@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_deft.config import DataConfig
 from megatron_deft.data.tiny import make_tiny_llama
 
 ART = " _   _ _ \n| | | (_)\n| |_| | |\n|  _  | |\n|_| |_|_|\n\n"
@@ -41,7 +42,18 @@ STRIPS_THINKING = (
     "{{ '<|im_start|>' + m.role + '\n' + text + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# As DeepSeek-R1's: the generation prompt opens a thought that no rendered turn has.
+OPENS_A_THOUGHT = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
+# As many with tools: what a message has decides what is written.
+LOOKS_AT_KEYS = CHATML.replace(
+    "m.content", "m.content + (' KEYS' if 'tool_calls' in m or 'train' in m else '')"
+)
 REFUSES = "{{ raise_exception('roles must\nalternate') }}"
+
+
+# What a test may take depends on the machine, not on the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -111,18 +123,6 @@ def with_template(tokenizer: Any) -> Callable[[str | None], Any]:
     return change
 
 
-def data_config(**changes: Any) -> Any:
-    """The keys of config.DataConfig that the data part reads, with its defaults."""
-    defaults = {
-        "format": "auto",
-        "prompt_key": "extra_info",
-        "response_key": "extra_info",
-        "prompt_dict_keys": ("question",),
-        "response_dict_keys": ("answer",),
-        "messages_key": "messages",
-        "max_length": 2048,
-        "truncation": "right",
-        "use_original_prompt": False,
-    }
-    assert changes.keys() <= defaults.keys()
-    return SimpleNamespace(**defaults | changes)
+def data_config(**changes: Any) -> DataConfig:
+    """The defaults, with some keys changed."""
+    return DataConfig(train_files=("unused",), **changes)

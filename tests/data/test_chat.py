@@ -20,7 +20,15 @@ from megatron_deft.data.chat import (
     render_sample,
 )
 from megatron_deft.errors import UserError
-from tests.data.conftest import ART, CHATML, PLAIN, REFUSES, STRIPS_THINKING
+from tests.data.conftest import (
+    ART,
+    CHATML,
+    LOOKS_AT_KEYS,
+    OPENS_A_THOUGHT,
+    PLAIN,
+    REFUSES,
+    STRIPS_THINKING,
+)
 
 CONVERSATION = [
     {"role": "system", "content": "Read the art."},
@@ -129,7 +137,7 @@ def test_a_tokenizer_that_prefixes_a_space_keeps_the_whole_texts_ids(
 TEXT = st.text(st.sampled_from(list("aI 1\n\t|_-é🙂'")), max_size=12)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=5))
 def test_any_pieces_keep_their_text_and_mask(
     tokenizer: Any, pieces: list[tuple[str, bool]]
@@ -167,6 +175,27 @@ def test_a_template_that_drops_history_is_refused_by_name_and_turn(
     assert tokenizer.name_or_path in str(error.value)
     assert "train: false" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_generation_prompt_that_no_turn_begins_with_is_refused(
+    with_template: Callable[..., Any],
+) -> None:
+    with pytest.raises(UserError, match=re.escape("messages[2] (assistant)")):
+        render_messages(with_template(OPENS_A_THOUGHT), CONVERSATION)
+
+
+def test_a_template_sees_neither_train_nor_keys_that_are_none(
+    with_template: Callable[..., Any],
+) -> None:
+    tokenizer = with_template(LOOKS_AT_KEYS)
+    without = render_messages(tokenizer, CONVERSATION)
+    filled: list[dict[str, Any]] = [{**turn, "tool_calls": None} for turn in CONVERSATION]
+    filled[2]["train"], filled[3]["train"] = True, False
+    assert render_messages(tokenizer, filled) == without
+    called = render_messages(
+        tokenizer, [{**message, "tool_calls": [1]} for message in CONVERSATION]
+    )
+    assert called != without, "the template must tell them apart"
 
 
 def test_the_mend_that_the_error_names_works(with_template: Callable[..., Any]) -> None:
@@ -241,7 +270,7 @@ def test_the_shown_sample_marks_what_is_trained(tokenizer: Any) -> None:
     assert "\x1b[32mHI<|im_end|>\x1b[0m" in shown(tokenizer, sample, color=True)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(pieces=st.lists(st.tuples(TEXT, st.booleans()), min_size=1, max_size=5))
 def test_what_is_shown_reads_back_to_the_mask(
     tokenizer: Any, pieces: list[tuple[str, bool]]

@@ -100,8 +100,8 @@ def test_plain_columns_and_lists_of_one(tmp_path: Path, tokenizer: Any) -> None:
 
 def test_more_rows_than_are_tokenised_at_once(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"p": f"{n} ", "r": f"{n * 7}"} for n in range(2500)]
-    cfg = data_config(prompt_key="p", response_key="r", use_original_prompt=True)
-    cfg.prompt_dict_keys = cfg.response_dict_keys = ()
+    no_keys: dict[str, Any] = {"prompt_dict_keys": (), "response_dict_keys": ()}
+    cfg = data_config(prompt_key="p", response_key="r", use_original_prompt=True, **no_keys)
     data = load_dataset(cfg, [write(tmp_path / "a.parquet", rows)], tokenizer)
     assert texts(tokenizer, data) == [f"{n} {n * 7}<|im_end|>" for n in range(2500)]
 
@@ -138,6 +138,14 @@ def test_a_response_cut_before_its_first_token_is_dropped(tmp_path: Path, tokeni
     assert len(data) == 4
     with pytest.raises(UserError, match=f"no sample is left.*max_length={prompts[0]}: .*row 0"):
         load_dataset(data_config(max_length=prompts[0]), [file], tokenizer)
+
+
+def test_a_first_token_is_nothing_to_train_on(tmp_path: Path, tokenizer: Any) -> None:
+    file = write(tmp_path / "a.jsonl", [{"extra_info": {"question": "", "answer": "HI there"}}])
+    with pytest.raises(UserError, match="no sample is left"):
+        load_dataset(data_config(use_original_prompt=True, max_length=1), [file], tokenizer)
+    data = load_dataset(data_config(use_original_prompt=True, max_length=2), [file], tokenizer)
+    assert len(data) == 1
 
 
 def test_drop_and_error(tmp_path: Path, tokenizer: Any) -> None:

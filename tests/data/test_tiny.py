@@ -39,7 +39,7 @@ def test_both_spellings_of_rope_are_written(tiny_folder: Path) -> None:
     assert tokenizer_config["tokenizer_class"] == "PreTrainedTokenizerFast"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.text(max_size=60) | st.text(st.sampled_from(list(" \n\t|_/\\.,'")), max_size=60))
 def test_decode_is_the_inverse_of_encode(tokenizer: Any, text: str) -> None:
     if any(special in text for special in tokenizer.all_special_tokens):
