@@ -77,9 +77,7 @@ def compare_with_token_loss(rank: int, world: int, specs: list[str]) -> dict[str
         (wanted,) = torch.autograd.grad((direct * upstream).sum(), weight)
         torch.testing.assert_close(loss, direct, rtol=1e-6, atol=1e-7)
         # the two matrix products sum the tokens in another order
-        torch.testing.assert_close(
-            hooked, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item()
-        )
+        torch.testing.assert_close(hooked, wanted, rtol=1e-5, atol=1e-6 * wanted.abs().max().item())
         assert attachment.statistics is not None
         torch.testing.assert_close(attachment.statistics.gate, stats.gate)
         assert torch.equal(attachment.statistics.keep, stats.keep)

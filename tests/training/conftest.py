@@ -14,7 +14,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     root = tmp_path_factory.mktemp("base")
     rows = [
-        {"extra_info": {"question": f"what is {i} plus {i}?", "answer": f"it is {2 * i}" * (i % 3 + 1)}}
+        {
+            "extra_info": {
+                "question": f"what is {i} plus {i}?",
+                "answer": f"it is {2 * i}" * (i % 3 + 1),
+            }
+        }
         for i in range(64)
     ]
     texts = [json.dumps(row) for row in rows]

@@ -1,0 +1,366 @@
+"""Engines that continue prompts, behind one interface: transformers anywhere, vLLM on a GPU.
+
+Prompts are token ids, so that every engine starts from the same ones. What is generated for a
+prompt depends on neither the batch that it was in nor on the prompts before it.
+
+Rejected: `model.generate`, which applies the folder's generation_config (Qwen2.5's holds a
+repetition penalty) to greedy decoding too, and samples a whole batch from one global generator.
+"""
+
+import gc
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_deft.checkpoint_folder import MANIFEST
+from megatron_deft.errors import UserError
+from megatron_deft.platform import device
+
+# What ends a turn or a text in the families we know. Base models often name one of them as eos and
+# are trained to write another, so each that the vocabulary has ends a generation.
+END_TOKENS = (
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's spelling)
+    "</s>",
+)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_VLLM_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
+_VLLM_PROMPTS_AT_ONCE = 1024  # it batches by itself; results come back after so many
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen: the most likely one at temperature 0, else drawn from the `top_p`."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens}: at least 1 is needed")
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature}: 0 (greedy) or more is needed")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: more than 0 and at most 1 is needed")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The continuation of one prompt: its text without special tokens, its length in tokens (the
+    end token counts), and whether it ended by itself.
+    """
+
+    text: str
+    tokens: int
+    finished: bool
+
+
+class Engine(Protocol):
+    """One loaded model."""
+
+    name: str
+    dtype: str  # fp32, bf16 or, where vLLM decides, auto
+    tokenizer: Any
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        streams: Sequence[int] | None = None,
+    ) -> Iterator[Generation]:
+        """Continue each prompt; yields in order, each as soon as its batch is done.
+
+        `streams[i]` >= 0 numbers the random stream of prompts[i] (its position, unless given).
+        Errors: UserError when a prompt is empty or has no room in the model's positions.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        ...
+
+
+class TransformersEngine:
+    """Batched decoding with a KV cache; prompts are padded on the left."""
+
+    name = "transformers"
+
+    def __init__(self, folder: str | Path, batch_size: int = 16, dtype: str = "auto") -> None:
+        """Load `folder`; `dtype` "auto" is the stored one on a GPU and fp32 on the CPU."""
+        from transformers import AutoModelForCausalLM
+
+        folder = check_folder(folder)
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: at least 1 is needed")
+        self.device = device()
+        self.batch_size = batch_size
+        self.tokenizer = load_tokenizer(folder)
+        on_gpu = self.device.type == "cuda"
+        wanted = DTYPES.get(dtype, "auto" if on_gpu else torch.float32)
+        model: Any
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=wanted, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}: transformers cannot load it: {_line(error)}") from error
+        self.model = model.to(self.device).eval()
+        known = {value: key for key, value in DTYPES.items()}
+        self.dtype = known.get(self.model.dtype, str(self.model.dtype).removeprefix("torch."))
+        self.ends = end_ids(self.tokenizer, self.model.generation_config.eos_token_id)
+        self.positions = int(self.model.config.max_position_embeddings)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        streams: Sequence[int] | None = None,
+    ) -> Iterator[Generation]:
+        """See Engine.generate."""
+        _check_prompts(prompts, sampling, self.positions)
+        streams = range(len(prompts)) if streams is None else streams
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            for tokens in self._batch(prompts[part], sampling, streams[part]):
+                yield _generation(self.tokenizer, tokens, self.ends)
+
+    @torch.inference_mode()
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, streams: Sequence[int]
+    ) -> list[list[int]]:
+        """The new tokens of each prompt of one batch [b], up to and with its end token."""
+        width = max(map(len, prompts))
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)  # 0 stands under the mask
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        pick = _chooser(sampling, streams)
+        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        cache, chosen = None, list[Tensor]()
+        while len(chosen) < sampling.max_new_tokens and not ended.all():
+            step = self.model(
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache = step.past_key_values
+            ids = pick(step.logits[:, -1].float())[:, None]
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+            positions = positions[:, -1:] + 1
+            chosen.append(ids.cpu())
+            ended |= torch.isin(chosen[-1][:, 0], torch.tensor(sorted(self.ends)))
+        return [_until_end(row, self.ends) for row in torch.cat(chosen, 1).tolist()]
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        del self.model
+        _free()
+
+
+class VllmEngine:
+    """vLLM's offline `LLM`: continuous batching, its own kernels; the choice on a GPU."""
+
+    name = "vllm"
+
+    def __init__(self, folder: str | Path, batch_size: int = 16, dtype: str = "auto") -> None:
+        """Load `folder`. `batch_size` is the other engine's: vLLM finds its own."""
+        del batch_size
+        folder = check_folder(folder)
+        if not _has_vllm():
+            raise UserError(
+                "engine vllm: vllm is not installed here: pip install vllm in an environment of "
+                "its own, or pass --engine transformers"
+            )
+        from vllm import LLM
+
+        self.dtype = dtype
+        self.tokenizer = load_tokenizer(folder)
+        self.llm = LLM(model=str(folder), dtype=_VLLM_DTYPES[dtype], seed=0)
+        self.ends = end_ids(self.tokenizer)
+        self.positions = int(self.llm.llm_engine.model_config.max_model_len)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        streams: Sequence[int] | None = None,
+    ) -> Iterator[Generation]:
+        """See Engine.generate."""
+        from vllm import SamplingParams
+
+        _check_prompts(prompts, sampling, self.positions)
+        streams = range(len(prompts)) if streams is None else streams
+        for start in range(0, len(prompts), _VLLM_PROMPTS_AT_ONCE):
+            part = slice(start, start + _VLLM_PROMPTS_AT_ONCE)
+            inputs = [{"prompt_token_ids": list(prompt)} for prompt in prompts[part]]
+            params = [
+                SamplingParams(
+                    temperature=sampling.temperature,
+                    top_p=sampling.top_p,
+                    max_tokens=sampling.max_new_tokens,
+                    seed=_stream_seed(sampling.seed, stream),
+                    stop_token_ids=sorted(self.ends),
+                    detokenize=False,  # the tokenizer here does, the same way for every engine
+                )
+                for stream in streams[part]
+            ]
+            for output in self.llm.generate(inputs, params, use_tqdm=False):
+                result = output.outputs[0]
+                tokens = _until_end(list(result.token_ids), self.ends)
+                finished = result.finish_reason == "stop"  # eos of generation_config counts too
+                yield _generation(self.tokenizer, tokens, self.ends, finished)
+
+    def close(self) -> None:
+        """Free the model's memory: vLLM's worker ends with the object."""
+        del self.llm
+        _free()
+
+
+ENGINES: dict[str, Callable[..., Engine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VllmEngine,
+}
+
+
+def make_engine(name: str, folder: str | Path, batch_size: int = 16, dtype: str = "auto") -> Engine:
+    """Load a Hugging Face folder; "auto" takes vLLM on a GPU where it is installed.
+
+    Errors: UserError for a name that is none, a folder that is no model, vLLM asked for and absent.
+    """
+    if dtype not in _VLLM_DTYPES:
+        raise UserError(f"dtype={dtype}: one of {', '.join(_VLLM_DTYPES)} is needed")
+    return ENGINES[engine_name(name)](folder, batch_size, dtype)
+
+
+def engine_name(name: str) -> str:
+    """The engine that `name` means on this machine."""
+    if name == "auto":
+        return "vllm" if device().type == "cuda" and _has_vllm() else "transformers"
+    if name not in ENGINES:
+        raise UserError(f"engine={name}: one of auto, {', '.join(ENGINES)} is needed")
+    return name
+
+
+def check_folder(folder: str | Path) -> Path:
+    """`folder` if it looks like a Hugging Face model. Errors: UserError with what to do."""
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(
+            f"{path}: no such folder: name a Hugging Face folder "
+            "(`hf download NAME --local-dir FOLDER` fetches one)"
+        )
+    if (path / MANIFEST).exists() or (path / "checkpoints").is_dir():
+        raise UserError(
+            f"{path} holds Megatron weights: run `megatron-deft convert export {path} HF_FOLDER` "
+            "and evaluate HF_FOLDER"
+        )
+    if not (path / "config.json").is_file():
+        raise UserError(f"{path}: no config.json in it: name a whole Hugging Face model folder")
+    return path
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder. Errors: UserError when there is none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder}: its tokenizer does not load ({_line(error)}): copy the base model's "
+            "tokenizer files into it"
+        ) from error
+
+
+def end_ids(tokenizer: Any, eos: int | Sequence[int] | None = None) -> frozenset[int]:
+    """Ids that end a generation: `eos` of a generation_config, the tokenizer's, the END_TOKENS."""
+    vocabulary = tokenizer.get_vocab()
+    listed = [eos] if isinstance(eos, int) else list(eos or [])
+    named = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
+    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    return frozenset([*listed, *own, *named])
+
+
+def _chooser(sampling: Sampling, streams: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """A function from logits fp32 [b, v] to the chosen tokens int64 [b]."""
+    if sampling.temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    # One generator per prompt, on the CPU: a draw is the same in every batch and on every device.
+    generators = [
+        torch.Generator().manual_seed(_stream_seed(sampling.seed, stream)) for stream in streams
+    ]
+
+    def draw(logits: Tensor) -> Tensor:
+        ordered, tokens = (logits / sampling.temperature).softmax(-1).sort(-1, descending=True)
+        before = ordered.cumsum(-1) - ordered  # mass of the likelier tokens
+        kept = ordered.where(before < sampling.top_p, 0.0).cumsum(-1)
+        uniform = torch.cat([torch.rand(1, generator=g) for g in generators])[:, None]
+        index = torch.searchsorted(kept, uniform.to(kept.device) * kept[:, -1:], right=True)
+        last = (before < sampling.top_p).sum(-1, keepdim=True) - 1  # when rounding goes past it
+        return tokens.gather(-1, index.minimum(last))[:, 0]
+
+    return draw
+
+
+def _stream_seed(seed: int, stream: int) -> int:
+    return (seed << 32) + stream  # streams of two seeds have nothing in common
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, positions: int) -> None:
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise UserError(f"prompt {index} has no tokens: leave it out")
+        if len(prompt) + sampling.max_new_tokens > positions:
+            raise UserError(
+                f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="
+                f"{sampling.max_new_tokens} that is more than the model's {positions} positions: "
+                "lower max_new_tokens or leave the prompt out"
+            )
+
+
+def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
+    """`tokens` up to the first end token, and with it."""
+    stop = next((index for index, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: stop + 1]
+
+
+def _generation(
+    tokenizer: Any, tokens: list[int], ends: frozenset[int], finished: bool = False
+) -> Generation:
+    closed = tokens[-1:] and tokens[-1] in ends
+    text = tokenizer.decode(
+        tokens[:-1] if closed else tokens,
+        skip_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+    return Generation(text, len(tokens), bool(closed) or finished)
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
