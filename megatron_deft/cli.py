@@ -61,6 +61,7 @@ def _tiny(args: Arguments) -> int:
         args.out,
         (text for _, row in rows for text in _strings(row[args.column])),
         vocab_size=args.vocab_size,
+        split=args.split,
         hidden_size=args.hidden_size,
         layers=args.layers,
         heads=args.heads,
@@ -295,6 +296,7 @@ def _add_data(commands: Group) -> None:
     tiny.add_argument("--column", default="messages", help="column of the texts [messages]")
     _int(tiny, "--rows", 2000, "rows of the corpus that the tokenizer learns from")
     _int(tiny, "--vocab-size", 512, "tokens")
+    tiny.add_argument("--split", metavar="REGEX", help="what no token reaches across [GPT-2's]")
     _int(tiny, "--hidden-size", 64, "channels")
     _int(tiny, "--layers", 2, "layers")
     _int(tiny, "--heads", 4, "attention heads")

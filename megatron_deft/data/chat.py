@@ -206,7 +206,7 @@ def _apply(tokenizer: Any, messages: Sequence[Mapping[str, Any]], generation: bo
 
 
 def _clean(index: int, message: Any) -> dict[str, Any]:
-    """A message without `train` and without the None that parquet writes for absent keys."""
+    """A message without `train` and None: parquet writes None for absent keys, 4.57 renders it."""
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise UserError(f"messages[{index}]: expected an object with `role`, got {message!r:.80}")
     if not isinstance(message.get("content"), str) and not message.get("tool_calls"):

@@ -29,6 +29,7 @@ def make_tiny_llama(
     texts: Iterable[str],
     *,
     vocab_size: int = 512,
+    split: str | None = None,
     hidden_size: int = 64,
     ffn_hidden_size: int | None = None,
     layers: int = 2,
@@ -43,13 +44,16 @@ def make_tiny_llama(
 
     The tokenizer is byte-level BPE trained on `texts`: decode(encode(x)) == x for every string, and
     special tokens aside no string is out of vocabulary. `vocab_size` is an upper bound: texts that
-    hold fewer merges give fewer tokens. The same arguments give the same bytes in every file.
+    hold fewer merges give fewer tokens. `split` is a regular expression (Oniguruma) whose matches
+    stand alone: no token reaches from one into the text around it; by default words are told apart
+    as GPT-2 does. The same arguments give the same bytes in every file.
     `ffn_hidden_size` is 4 * hidden_size unless given.
 
-    Errors: UserError when sizes do not divide or `out` exists and `overwrite` is false.
+    Errors: UserError when sizes do not divide, `split` is no regular expression, or `out` exists
+    and `overwrite` is false.
     """
     _check(vocab_size, hidden_size, heads, kv_heads)
-    tokenizer = _train_tokenizer(texts, vocab_size)
+    tokenizer = _train_tokenizer(texts, vocab_size, split)
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -100,12 +104,14 @@ def _check(vocab_size: int, hidden_size: int, heads: int, kv_heads: int) -> None
         raise UserError(f"kv_heads={kv_heads}: must divide heads={heads}")
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, split: str | None) -> Any:
     """Byte-level BPE with no prefix space and no normaliser: every byte of a text is kept."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts: list[Any] = [] if split is None else [_split(split)]
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(parts)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -115,6 +121,15 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _split(pattern: str) -> Any:
+    from tokenizers import Regex, pre_tokenizers
+
+    try:
+        return pre_tokenizers.Split(Regex(pattern), "isolated")
+    except Exception as error:  # tokenizers raises Exception itself
+        raise UserError(f"split={pattern}: not a regular expression ({error})") from None
 
 
 def _tokenizer_config(max_positions: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import gc
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -319,7 +320,11 @@ def _chooser(sampling: Sampling, streams: Sequence[int]) -> Callable[[Tensor], T
 
 
 def _stream_seed(seed: int, stream: int) -> int:
-    return (seed << 32) + stream  # streams of two seeds have nothing in common
+    """A hash, since torch's CPU generator looks at the low 32 bits alone: (seed << 32) + stream
+    would give every seed the same streams.
+    """
+    digest = blake2b(f"{seed} {stream}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # vLLM wants a signed 64-bit number
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, positions: int) -> None:

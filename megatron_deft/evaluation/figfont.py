@@ -26,6 +26,7 @@ from megatron_deft.evaluation.engines import (
     Sampling,
     check_folder,
     engine_name,
+    load_tokenizer,
     make_engine,
 )
 from megatron_deft.evaluation.results import (
@@ -39,6 +40,7 @@ from megatron_deft.evaluation.results import (
     wilson,
 )
 from megatron_deft.files import atomic_write
+from megatron_deft.platform import device
 
 MAX_NEW_TOKENS = 5  # of the released evaluation
 # "chat" goes through the tokenizer's chat template; the others are the released strings, verbatim.
@@ -129,80 +131,83 @@ def evaluate(
     """
     folders = [check_folder(model) for model in models]
     labels = _labels(folders, names)
-    samples = read_samples(data, limit)
     if prompt_type not in PROMPT_TYPES:
         raise UserError(f"prompt_type={prompt_type}: one of {', '.join(PROMPT_TYPES)} is needed")
+    if limit is not None and limit < 1:
+        raise UserError(f"limit={limit}: at least 1 is needed")
+    sampling = Sampling(max_new_tokens)
     settings = {
         "engine": engine_name(engine),
+        "device": device().type,
         "dtype": dtype,
         "prompt_type": prompt_type,
-        **asdict(Sampling(max_new_tokens)),
+        **asdict(sampling),
     }
+    whole = read_samples(data)
+    samples, digest = whole[:limit], _digest(whole)
+    for folder in folders:  # a template that does not fit fails before any weight is loaded
+        render_prompt(load_tokenizer(folder), samples[0], prompt_type)
+
     values: dict[str, dict[str, list[float]]] = {}
     entries: dict[str, dict[str, Any]] = {}
     for label, folder in zip(labels, folders, strict=True):
-        identity = model_identity(folder)
-        file = None if out is None else Path(out) / f"generations_{label}.jsonl"
-        log = GenerationLog(file, {"model": identity, "data": _digest(samples), **settings})
+        header = {"model": model_identity(folder), "data": digest, **settings}
+        log = GenerationLog(Path(out) / f"generations_{label}.jsonl" if out else None, header)
         if log.changed and progress:
-            print(f"{file}: begun anew, since {', '.join(log.changed)} changed", file=sys.stderr)
-        if len(samples) > sum(index in log.records for index in range(len(samples))):
+            changed = ", ".join(log.changed)
+            print(f"{log.file}: begun anew, since {changed} changed", file=sys.stderr)
+        if any(index not in log.records for index in range(len(samples))):
             loaded = make_engine(engine, folder, batch_size, dtype)
             try:
-                _generate(loaded, samples, Sampling(max_new_tokens), prompt_type, log, progress)
+                bar = {"desc": label, "disable": not progress}
+                _generate(loaded, samples, sampling, prompt_type, log, bar)
             finally:
                 loaded.close()
         records = [log.records[index] for index in range(len(samples))]
-        values[label] = {
-            key: [
-                metric.score(r["output"], s.answer) for r, s in zip(records, samples, strict=True)
-            ]
-            for key, metric in METRICS.items()
-        }
+        values[label] = _scores(records, samples)
         entries[label] = {
             "path": str(folder),
-            "identity": identity,
+            "identity": header["model"],
             "samples": len(records),
             "unfinished": sum(not record["finished"] for record in records),
             "generated_tokens": sum(record["tokens"] for record in records),
         }
+
     summary = summarise(METRICS, values)
     results = {
         "task": "figfont",
-        "data": {"path": str(data), "samples": len(samples), "blake2b": _digest(samples)},
+        "data": {"path": str(data), "samples": len(samples), "blake2b": digest},
         "settings": settings,
         "models": {label: {**entries[label], "scores": summary[label]} for label in labels},
         "versions": versions(),
     }
-    print(
-        f"FigFont: {len(samples)} samples, greedy, {max_new_tokens} new tokens, percent [95%]\n"
-        + format_table(METRICS, summary)
-    )
     if out is not None:
         with atomic_write(Path(out) / "results.json") as handle:
             json.dump(results, handle, indent=2)
             handle.write("\n")
+    print(
+        f"FigFont: {len(samples)} samples, greedy, {max_new_tokens} new tokens, percent [95%]\n"
+        + format_table(METRICS, summary)
+    )
     return results
 
 
-def read_samples(data: str | Path, limit: int | None = None) -> list[Sample]:
+def read_samples(data: str | Path) -> list[Sample]:
     """The samples of a file with the column `messages`, or the released `extra_info`.
 
     Errors: UserError when the file is missing or empty, or a row has no question or answer.
     """
-    if limit is not None and limit < 1:
-        raise UserError(f"limit={limit}: at least 1 is needed")
     path = Path(data)
     if not path.is_file():
         raise UserError(
             f"{path}: no such file: `megatron-deft prepare figfont` writes test.parquet"
         )
     column = _column(path)
-    samples: list[Sample] = []
-    for where, row in read_rows([str(path)], [column]):
-        if len(samples) == limit:
-            break
-        samples.append(_sample(where, column, row[column]))
+    samples = [
+        _sample(where, column, row[column]) for where, row in read_rows([str(path)], [column])
+    ]
+    if not samples:
+        raise UserError(f"{path}: the file has no rows")
     return samples
 
 
@@ -223,7 +228,7 @@ def _generate(
     sampling: Sampling,
     prompt_type: str,
     log: GenerationLog,
-    progress: bool,
+    bar: Mapping[str, Any],
 ) -> None:
     """Answer the samples that `log` lacks, the longest prompts first; each goes into `log`.
 
@@ -236,11 +241,19 @@ def _generate(
     )
     todo.sort(key=lambda index: -len(ids[index]))
     answers = engine.generate([ids[index] for index in todo], sampling, todo)
-    bar = tqdm(answers, desc=log.name, total=len(todo), unit=" samples", disable=not progress)
-    for index, generation in zip(todo, bar, strict=True):
+    counted = tqdm(answers, total=len(todo), unit=" samples", **bar)
+    for index, generation in zip(todo, counted, strict=True):
         record = {"question": samples[index].question, "answer": samples[index].answer}
         answered = asdict(generation)
         log.add({"index": index, **record, "output": answered.pop("text"), **answered})
+
+
+def _scores(
+    records: Sequence[Mapping[str, Any]], samples: Sequence[Sample]
+) -> dict[str, list[float]]:
+    """Metric -> the score of each sample."""
+    pairs = [(r["output"], sample.answer) for r, sample in zip(records, samples, strict=True)]
+    return {key: [metric.score(*pair) for pair in pairs] for key, metric in METRICS.items()}
 
 
 def _labels(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:

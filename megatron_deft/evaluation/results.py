@@ -42,7 +42,7 @@ def wilson(values: Sequence[float]) -> Interval:
 
 
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean, and the middle 95% of the means of 2000 resamples; the same values, the same bounds.
+    """The mean, and the middle 95% of the means of 2000 resamples (equal values, equal bounds).
 
     For two models on the same samples, pass the differences: they are resampled as pairs.
     """
@@ -110,7 +110,6 @@ class GenerationLog:
 
     def __init__(self, file: Path | None, header: Mapping[str, Any]) -> None:
         self.file = file
-        self.name = file.stem if file else "generations"
         self.records: dict[int, dict[str, Any]] = {}
         self.changed: list[str] = []
         if file is None:

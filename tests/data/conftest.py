@@ -93,7 +93,7 @@ def llama3_tokenizer() -> Any:
         tokenizer_object=tokenizer,
         bos_token=specials[0],
         eos_token=specials[1],
-        extra_special_tokens=specials[2:],
+        additional_special_tokens=specials[2:],
         chat_template=LLAMA3,
     )
 

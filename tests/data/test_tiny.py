@@ -22,7 +22,10 @@ from tests.data.conftest import ART, TEXTS
 def test_it_loads_and_runs(tiny_folder: Path, tokenizer: Any) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_folder)
     ids = tokenizer.apply_chat_template(
-        [{"role": "user", "content": ART}], add_generation_prompt=True, return_tensors="pt"
+        [{"role": "user", "content": ART}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
     )["input_ids"]
     assert model(ids).logits.shape == (1, ids.shape[1], model.config.vocab_size)
     assert model.config.vocab_size == len(tokenizer)

@@ -2,6 +2,8 @@
 
 import json
 import os
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,12 @@ def test_resume_at_another_layout(base: Path, tmp_path: Path) -> None:
     assert resumed == pytest.approx(uninterrupted[3:], rel=1e-5)
 
 
+def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
+    with redirect_stdout(StringIO()) as said:
+        run(cfg)
+    return said.getvalue()
+
+
 def damage(checkpoint: Path, how: str) -> None:
     if how == "half-written":
         checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.tmp-77"))
@@ -165,16 +173,15 @@ def damage(checkpoint: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["half-written", "flipped byte", "missing file"])
 def test_a_damaged_newest_checkpoint_falls_back_and_names_both(
-    base: Path, tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]
+    base: Path, tmp_path: Path, how: str
 ) -> None:
     run_dir = tmp_path / "run"
     common = {"train.steps": 2, "train.save_every": 1}
     run_ranks(1, train_all, [config(base, run_dir, **common)])
     damage(run_dir / "checkpoints" / "step_00000002", how)
-    capfd.readouterr()
-    run_ranks(1, train_all, [config(base, run_dir, **common, **{"train.resume": "auto"})])
-    out = capfd.readouterr().out
-    warning = next(line for line in out.splitlines() if line.startswith("warning:"))
+    resumed = config(base, run_dir, **common, **{"train.resume": "auto"})
+    said = run_ranks(1, train_and_hear, resumed)[0]
+    warning = next(line for line in said.splitlines() if line.startswith("warning:"))
     assert "step_00000002" in warning
     assert "going on from step_00000001" in warning
     assert [line["step"] for line in metrics(run_dir)] == [1, 2]

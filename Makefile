@@ -1,0 +1,42 @@
+# make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
+# make test         the test suite
+# make lint         ruff and mypy
+# All install what they need into .venv. Choose another python or torch with
+#   make quickstart PYTHON=python3.12 TORCH=torch==2.11.0
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+.PHONY: install quickstart test lint format clean
+install: $(VENV)/.installed
+
+# torch first: the extension builds against the torch that is there (no build isolation, which
+# would fetch another one).
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'setuptools>=77' wheel ninja pybind11 numpy $(TORCH)
+	touch $@
+
+$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[figfont,dev]'
+	touch $@
+
+quickstart: install
+	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart.sh
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megatron_deft
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist *.egg-info megatron_deft/*.so
