@@ -24,7 +24,10 @@ command -v megatron-deft > /dev/null || {
 step() { printf '\n\033[1m# %s\033[0m\n' "$1"; }
 run() {
   printf '$'
-  printf ' %q' "$@"
+  for word in "$@"; do
+    case $word in *[!A-Za-z0-9_./=:,+-]*) word="'$word'" ;; esac
+    printf ' %s' "$word"
+  done
   printf '\n'
   "$@"
 }
@@ -52,7 +55,7 @@ run megatron-deft convert export "$out/base-run" "$out/base"
 
 step "4. DEFT fine-tuning, tensor parallel over 2 processes"
 run megatron-deft convert import "$out/base" "$out/base-megatron"
-run torchrun --nproc-per-node 2 -m megatron_deft.train "$config" objective=deft parallel.tensor=2 \
+run env OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m megatron_deft.train "$config" objective=deft parallel.tensor=2 \
   run_dir="$out/deft-run" model.load="$out/base-megatron" train.steps="$steps" \
   data.train_files="$out/data/train.parquet" data.show_sample=false
 

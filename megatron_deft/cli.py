@@ -13,7 +13,7 @@ import sys
 import textwrap
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +53,13 @@ def _prepare_figfont(args: Arguments) -> int:
 
 
 def _tiny(args: Arguments) -> int:
-    from megatron_deft.data.rows import read_rows
+    from megatron_deft.data.rows import read_rows, strings
     from megatron_deft.data.tiny import make_tiny_llama
 
     rows = islice(read_rows(args.corpus, [args.column]), args.rows)
     make_tiny_llama(
         args.out,
-        (text for _, row in rows for text in _strings(row[args.column])),
+        (text for _, row in rows for text in strings(row[args.column])),
         vocab_size=args.vocab_size,
         split=args.split,
         hidden_size=args.hidden_size,
@@ -71,15 +71,6 @@ def _tiny(args: Arguments) -> int:
     )
     print(f"{args.out}: a tiny Llama with random weights")
     return 0
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string inside a column's value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
 
 
 def _train(args: Arguments) -> int:
@@ -105,7 +96,7 @@ def _train(args: Arguments) -> int:
         print(f"# {batches} micro-batches per step and data-parallel rank")
         return 0
     if nodes.world_size == 1:
-        from megatron_deft.train import run
+        from megatron_deft.training.run import run
 
         run(config)
         return 0
@@ -384,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("megatron_deft").setLevel(logging.INFO)
     warnings.simplefilter("ignore", FutureWarning)  # of torch and megatron-core to each other
+    if not sys.stderr.isatty():  # transformers would draw its bars into the log
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         code: int = args.call(args)
         sys.stdout.flush()

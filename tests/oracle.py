@@ -97,7 +97,7 @@ def formula(spec: str, logp: Tensor, probs: Tensor, valid: Tensor) -> tuple[Tens
 def loss_and_grad(
     spec: str, logits: Tensor, labels: Tensor, vocab_size: int, upstream: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """logits [N, V_padded], labels [N] with -100 ignored, upstream [N] -> loss, grad, keep, stats."""
+    """logits [N, V_padded], labels [N] (-100: ignored), upstream [N] -> loss, grad, keep, stats."""
     leaf = logits.detach().double().requires_grad_(True)
     valid = labels != -100
     full = leaf[:, :vocab_size].log_softmax(-1)

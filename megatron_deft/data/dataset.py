@@ -91,7 +91,9 @@ def load_dataset(
         )
     form = detect_format(cfg, files)
     tally = _Tally(cfg.max_length, cfg.truncation)
-    with tqdm(total=limit, desc="tokenising", unit=" rows", disable=not progress) as bar:
+    with tqdm(
+        total=limit, desc="tokenising", unit=" rows", disable=None if progress else True
+    ) as bar:
         for block in _blocks(_render(cfg, form, files, tokenizer, limit)):
             samples = encode(tokenizer, [rendered for _, rendered in block])
             for (where, _), sample in zip(block, samples, strict=True):

@@ -131,3 +131,12 @@ def _reader(file: str) -> _Reader:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every string inside a column's value, such as the contents and roles of `messages`."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from strings(item)

@@ -9,6 +9,7 @@ repetition penalty) to greedy decoding too, and samples a whole batch from one g
 
 import gc
 import importlib.util
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -118,7 +119,7 @@ class TransformersEngine:
         self.model = model.to(self.device).eval()
         known = {value: key for key, value in DTYPES.items()}
         self.dtype = known.get(self.model.dtype, str(self.model.dtype).removeprefix("torch."))
-        self.ends = end_ids(self.tokenizer, self.model.generation_config.eos_token_id)
+        self.ends = end_ids(self.tokenizer, folder)
         self.positions = int(self.model.config.max_position_embeddings)
 
     def generate(
@@ -193,7 +194,7 @@ class VllmEngine:
         self.dtype = dtype
         self.tokenizer = load_tokenizer(folder)
         self.llm = LLM(model=str(folder), dtype=_VLLM_DTYPES[dtype], seed=0)
-        self.ends = end_ids(self.tokenizer)
+        self.ends = end_ids(self.tokenizer, folder)
         self.positions = int(self.llm.llm_engine.model_config.max_model_len)
 
     def generate(
@@ -222,10 +223,8 @@ class VllmEngine:
                 for stream in streams[part]
             ]
             for output in self.llm.generate(inputs, params, use_tqdm=False):
-                result = output.outputs[0]
-                tokens = _until_end(list(result.token_ids), self.ends)
-                finished = result.finish_reason == "stop"  # eos of generation_config counts too
-                yield _generation(self.tokenizer, tokens, self.ends, finished)
+                tokens = _until_end(list(output.outputs[0].token_ids), self.ends)
+                yield _generation(self.tokenizer, tokens, self.ends)
 
     def close(self) -> None:
         """Free the model's memory: vLLM's worker ends with the object."""
@@ -282,20 +281,25 @@ def load_tokenizer(folder: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # transformers 4 raises AttributeError for a missing file
         raise UserError(
             f"{folder}: its tokenizer does not load ({_line(error)}): copy the base model's "
             "tokenizer files into it"
         ) from error
 
 
-def end_ids(tokenizer: Any, eos: int | Sequence[int] | None = None) -> frozenset[int]:
-    """Ids that end a generation: `eos` of a generation_config, the tokenizer's, the END_TOKENS."""
+def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
+    """Ids that end a generation: each eos that the folder or the tokenizer names, and END_TOKENS."""
     vocabulary = tokenizer.get_vocab()
-    listed = [eos] if isinstance(eos, int) else list(eos or [])
-    named = [vocabulary[token] for token in END_TOKENS if token in vocabulary]
-    own = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return frozenset([*listed, *own, *named])
+    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        eos = config.get("eos_token_id")
+        ids |= {eos} if isinstance(eos, int) else set(eos or [])
+    return frozenset(ids)
 
 
 def _chooser(sampling: Sampling, streams: Sequence[int]) -> Callable[[Tensor], Tensor]:
@@ -345,16 +349,14 @@ def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:
     return tokens[: stop + 1]
 
 
-def _generation(
-    tokenizer: Any, tokens: list[int], ends: frozenset[int], finished: bool = False
-) -> Generation:
-    closed = tokens[-1:] and tokens[-1] in ends
+def _generation(tokenizer: Any, tokens: list[int], ends: frozenset[int]) -> Generation:
+    finished = tokens[-1] in ends
     text = tokenizer.decode(
-        tokens[:-1] if closed else tokens,
+        tokens[:-1] if finished else tokens,
         skip_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
-    return Generation(text, len(tokens), bool(closed) or finished)
+    return Generation(text, len(tokens), finished)
 
 
 def _has_vllm() -> bool:

@@ -62,7 +62,8 @@ def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
 def create_state(optimizer: MegatronOptimizer) -> None:
     """Give torch's Adam the (zero) state it otherwise makes at its first step.
 
-    megatron-core 0.16 cannot say what to load before that state, its step counter above all, exists.
+    megatron-core 0.16 cannot say what to load before that state exists, its step counter above
+    all.
     """
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if isinstance(part.optimizer, torch.optim.Adam):

@@ -69,9 +69,7 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
 def load_data(cfg: RunConfig, tokenizer: Any) -> Data:
     """Read and tokenise the training and validation files; every rank reads all of them."""
     first = dist.get_rank() == 0
-    train = load_dataset(
-        cfg.data, cfg.data.train_files, tokenizer, progress=first and sys.stderr.isatty()
-    )
+    train = load_dataset(cfg.data, cfg.data.train_files, tokenizer, progress=first)
     val = None
     if cfg.data.val_files:
         val = load_dataset(cfg.data, cfg.data.val_files, tokenizer, cfg.data.val_max_samples)

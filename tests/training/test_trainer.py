@@ -12,7 +12,7 @@ import torch
 
 from megatron_deft.config import RunConfig, load_config
 from megatron_deft.errors import UserError
-from megatron_deft.train import run
+from megatron_deft.training.run import run
 from tests.distributed import run_ranks
 
 # Every family; of cayley the form whose mean does not depend on the data-parallel size.

@@ -84,7 +84,7 @@ def prepare_figfont(
     With the defaults this is the paper's set; `train_size` and `test_size` take the first so many
     of each part of it. Other word lengths, `fonts` (pyfiglet names; None is all) or `seed` make
     another set, with disjoint words in train and test. The same arguments give the same rows.
-    `progress` shows a bar on stderr. The whole set takes less than a minute.
+    `progress` shows a bar on a terminal. The whole set takes less than a minute.
 
     Errors: UserError when reasoning-gym is missing, an option is out of range, the paper's set
     comes out different (other package versions), or `out` exists and `overwrite` is false.
@@ -110,7 +110,10 @@ def prepare_figfont(
             words = _split_words(source.words, seed)
         made: dict[str, list[Sample]] = {}
         with tqdm(
-            total=sum(sizes.values()), desc="figfont", unit=" rows", disable=not progress
+            total=sum(sizes.values()),
+            desc="figfont",
+            unit=" rows",
+            disable=None if progress else True,
         ) as bar:
             for split, size in sizes.items():
                 source.words = words[split]
