@@ -25,7 +25,7 @@ ROOMS = {
     "models": {"errors", "platform"},
     "data": {"errors", "files", "config"},
     "convert": {"errors", "files", "checkpoint_folder", "platform", "models"},
-    "evaluation": {"errors", "files", "data", "platform"},
+    "evaluation": {"errors", "files", "checkpoint_folder", "data", "platform"},
     "training": {
         "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",
         "platform", "objectives",

@@ -1,8 +1,6 @@
 // CUDA operators: checks, the current stream, the launchers.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/topk.h>
-#include <ATen/ops/where.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -51,7 +49,7 @@ at::Tensor row_topk(const at::Tensor& logits, const at::Tensor& labels, int64_t 
   at::Tensor out = at::empty({k, rows.shard.rows}, logits.options().dtype(at::kFloat));
   out.fill_(-std::numeric_limits<float>::infinity());
   out.narrow(0, 0, found).copy_(top.t());
-  return out.masked_fill_(rows.labels.reshape({1, -1}) == ignore_index, 0.0);
+  return out.masked_fill_(rows.labels.reshape({1, -1}).eq(ignore_index), 0.0);
 }
 
 void gate_grad_out(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_max,

@@ -289,7 +289,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """Ids that end a generation: each eos that the folder or the tokenizer names, and END_TOKENS."""
+    """Ids that end a generation: every eos of the folder and the tokenizer, and END_TOKENS."""
     vocabulary = tokenizer.get_vocab()
     ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     if tokenizer.eos_token_id is not None:

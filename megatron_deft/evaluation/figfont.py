@@ -121,9 +121,10 @@ def evaluate(
     """Score Hugging Face folders on the samples of `data` (parquet or JSONL); print one table.
 
     Decoding is greedy. The first model is what the others are compared with. `limit` takes the
-    first so many samples. `names` (the folders' names unless given) stand in the table. With `out`,
-    a folder, results.json and a generations_NAME.jsonl per model are written into it; the latter
-    grows as answers come, and a rerun with the same model, data and settings continues it.
+    first so many samples. `names` (the folders' names unless given) stand in the table. `out`
+    is the file for the results, or a folder for results.json. Beside it each model's answers are
+    written, as they come, to generations_NAME.jsonl; a rerun with the same model, data and settings
+    continues that file.
 
     Returns what results.json holds: per model each metric's mean, 95% interval and delta to the
     first model, counts, settings, versions. Errors: UserError for a model folder, file, column or
@@ -145,6 +146,9 @@ def evaluate(
     }
     whole = read_samples(data)
     samples, digest = whole[:limit], _digest(whole)
+    target = Path(out) if out is not None else None
+    if target is not None and target.suffix != ".json":
+        target /= "results.json"
     for folder in folders:  # a template that does not fit fails before any weight is loaded
         render_prompt(load_tokenizer(folder), samples[0], prompt_type)
 
@@ -152,10 +156,10 @@ def evaluate(
     entries: dict[str, dict[str, Any]] = {}
     for label, folder in zip(labels, folders, strict=True):
         header = {"model": model_identity(folder), "data": digest, **settings}
-        log = GenerationLog(Path(out) / f"generations_{label}.jsonl" if out else None, header)
+        file = target.with_name(f"generations_{label}.jsonl") if target else None
+        log = GenerationLog(file, header)
         if log.changed and progress:
-            changed = ", ".join(log.changed)
-            print(f"{log.file}: begun anew, since {changed} changed", file=sys.stderr)
+            print(f"{file}: begun anew, since {', '.join(log.changed)} changed", file=sys.stderr)
         if any(index not in log.records for index in range(len(samples))):
             loaded = make_engine(engine, folder, batch_size, dtype)
             try:
@@ -181,8 +185,8 @@ def evaluate(
         "models": {label: {**entries[label], "scores": summary[label]} for label in labels},
         "versions": versions(),
     }
-    if out is not None:
-        with atomic_write(Path(out) / "results.json") as handle:
+    if target is not None:
+        with atomic_write(target) as handle:
             json.dump(results, handle, indent=2)
             handle.write("\n")
     print(

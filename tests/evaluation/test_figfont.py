@@ -173,6 +173,16 @@ def test_two_models_side_by_side(
     assert list(tmp_path.iterdir()) == [out]
 
 
+def test_the_results_file_may_be_named(
+    readers: Callable[..., list["Reader"]], model: Path, messages_file: Path, tmp_path: Path
+) -> None:
+    readers((set(),))
+    results = evaluate([model], messages_file, tmp_path / "new" / "scores.json", progress=False)
+    assert json.loads((tmp_path / "new" / "scores.json").read_text()) == results
+    names = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert names == ["generations_first.jsonl", "scores.json"]
+
+
 class Reader:
     """An engine that reads the art, but for the samples it is told to miss."""
 
