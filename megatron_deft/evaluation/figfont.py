@@ -34,6 +34,7 @@ from megatron_deft.evaluation.results import (
     Metric,
     bootstrap,
     format_table,
+    machine,
     model_identity,
     summarise,
     versions,
@@ -163,7 +164,7 @@ def evaluate(
         if any(index not in log.records for index in range(len(samples))):
             loaded = make_engine(engine, folder, batch_size, dtype)
             try:
-                bar = {"desc": label, "disable": not progress}
+                bar = {"desc": label, "disable": None if progress else True}
                 _generate(loaded, samples, sampling, prompt_type, log, bar)
             finally:
                 loaded.close()
@@ -184,6 +185,7 @@ def evaluate(
         "settings": settings,
         "models": {label: {**entries[label], "scores": summary[label]} for label in labels},
         "versions": versions(),
+        "machine": machine(),
     }
     if target is not None:
         with atomic_write(target) as handle:

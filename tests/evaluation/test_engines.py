@@ -97,6 +97,8 @@ def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     for top_p, kept in ((0.05, {1}), (0.5, {1, 3}), (0.8, {1, 3, 2}), (1.0, {0, 1, 2, 3})):
         draws = engines._chooser(Sampling(1, 1.0, top_p, seed=2), range(count))(logits)
         assert set(draws.tolist()) == kept
+    half = engines._chooser(Sampling(1, 1.0, 0.5, seed=2), range(count))(logits)
+    assert (half == 1).float().mean().item() == pytest.approx(4 / 7, abs=0.028)  # 4 standard errors
 
 
 def test_it_stops_at_an_end_token(model: Path) -> None:

@@ -20,7 +20,7 @@ from megatron_deft.data.chat import encode, render_messages
 from megatron_deft.data.prepare.figfont import LLAMA_PROMPT, QWEN_PROMPT, SYSTEM
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation import figfont
-from megatron_deft.evaluation.engines import Generation
+from megatron_deft.evaluation.engines import Generation, Sampling, make_engine
 from megatron_deft.evaluation.figfont import (
     evaluate,
     exact,
@@ -170,6 +170,15 @@ def test_two_models_side_by_side(
         entry = results["models"][name]
         assert entry["scores"]["jaro_winkler"]["mean"] == pytest.approx(mean)
         assert entry["samples"] == 11
+        engine = make_engine("transformers", entry["path"], 1)
+        for record, sample in zip(
+            sorted(records, key=lambda record: record["index"]),
+            read_samples(messages_file),
+            strict=True,
+        ):
+            prompt = engine.tokenizer(render_prompt(engine.tokenizer, sample, "chat"))["input_ids"]
+            (answer,) = engine.generate([prompt], Sampling(5))
+            assert (record["output"], record["answer"]) == (answer.text, sample.answer)
     assert list(tmp_path.iterdir()) == [out]
 
 
@@ -278,6 +287,19 @@ def test_another_model_in_the_same_place_begins_anew(
     evaluate([copy], messages_file, tmp_path / "out")
     (copy / "model.safetensors").write_bytes(b"other")
     evaluate([copy], messages_file, tmp_path / "out")
+    assert len(second.asked) == 11
+
+
+def test_other_data_begin_anew(
+    readers: Callable[..., list[Reader]],
+    model: Path,
+    messages_file: Path,
+    released_file: Path,
+    tmp_path: Path,
+) -> None:
+    _, second = readers((set(),), (set(),))
+    evaluate([model], messages_file, tmp_path)
+    evaluate([model], released_file, tmp_path)  # the same words under another system turn
     assert len(second.asked) == 11
 
 

@@ -1,4 +1,4 @@
-"""A tiny base model and data that the training tests share."""
+"""A tiny base model and data that the tests of whole runs share."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,65 @@
+"""The README's code and commands run as they stand; its numbers are those of a committed file."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    return [code for name, code in BLOCKS if name == language]
+
+
+def test_python_blocks_run() -> None:
+    namespace: dict[str, object] = {}
+    assert len(blocks("python")) >= 3
+    for code in blocks("python"):
+        exec(compile(code, "README.md", "exec"), namespace)
+
+
+def test_the_road_runs_as_written(tmp_path: Path) -> None:
+    road = next(code for code in blocks("sh") if "convert import" in code)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", road],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step 10/10 " in done.stdout
+    assert "resumed from runs/deft/checkpoints/step_00000010" in done.stdout
+    assert "step 12/12 " in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["models"]) == {"tiny", "deft"}
+
+
+@pytest.mark.parametrize("make_target", ["quickstart", "test", "lint"])
+def test_make_targets_exist(make_target: str) -> None:
+    assert re.search(rf"^{make_target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert f"make {make_target}" in README
+
+
+def test_quickstart_table_is_the_committed_measurement() -> None:
+    recorded = json.loads((ROOT / "examples" / "results" / "quickstart.json").read_text())
+    assert recorded["machine"]["processor"]
+    for name, model in recorded["models"].items():
+        means = [model["scores"][key]["mean"] for key in ("exact", "jaro_winkler")]
+        cells = [f"{100 * mean:.1f}" for mean in means]
+        assert re.search(rf"^\| {name}\b.*\| {cells[0]} .*\| {cells[1]}", README, re.MULTILINE), (
+            name
+        )
+
+
+def test_links_lead_to_files() -> None:
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
