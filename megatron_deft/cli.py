@@ -15,14 +15,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
-
-if TYPE_CHECKING:
-    from megatron_deft.models.families import ModelSpec
 
 Arguments = argparse.Namespace
 
@@ -75,6 +71,7 @@ def _tiny(args: Arguments) -> int:
 
 def _train(args: Arguments) -> int:
     from megatron_deft.config import config_help, dump_yaml, load_config
+    from megatron_deft.training.run import read_base, run
 
     if args.help_config:
         print(config_help())
@@ -88,7 +85,7 @@ def _train(args: Arguments) -> int:
     overrides = [*args.overrides, *(["train.resume=must"] if args.resume else [])]
     world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
     config = load_config(args.config, overrides)
-    config.validate(world_size, _model_spec(config.model.load))
+    config.validate(world_size, read_base(config.model.load)[1])
     if args.dry_run:
         ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
         print(dump_yaml(config), end="")
@@ -96,28 +93,10 @@ def _train(args: Arguments) -> int:
         print(f"# {batches} micro-batches per step and data-parallel rank")
         return 0
     if nodes.world_size == 1:
-        from megatron_deft.training.run import run
-
         run(config)
         return 0
     again = ["--traceback"] if args.traceback else []
     return launch(["-m", "megatron_deft", "train", args.config, *overrides, *again], nodes)
-
-
-def _model_spec(load: str) -> ModelSpec:
-    """The architecture of the weights at `load`. Errors: UserError, also for a model's name."""
-    from megatron_deft import checkpoint_folder as folders
-    from megatron_deft.models.families import ModelSpec
-
-    path = Path(load)
-    converted = (path / folders.MANIFEST).exists()
-    if not path.exists() or (not converted and (path / "config.json").exists()):
-        what = "is a Hugging Face folder" if path.exists() else "does not exist"
-        raise UserError(
-            f"model.load={load} {what}: run `megatron-deft convert import HF_FOLDER WEIGHTS` "
-            "and set model.load=WEIGHTS"
-        )
-    return ModelSpec.from_json(folders.read_manifest(folders.resolve(path))["spec"])
 
 
 def _convert_import(args: Arguments) -> int:
@@ -163,6 +142,8 @@ def _evaluate_figfont(args: Arguments) -> int:
         max_new_tokens=args.max_new_tokens,
         engine=args.engine,
         names=args.names.split(",") if args.names else None,
+        prompt_type=args.prompt_type,
+        dtype=args.dtype,
     )
     return 0
 
@@ -310,6 +291,11 @@ def _add_evaluate(commands: Group) -> None:
     figfont.add_argument("--out", metavar="FILE", help="write results and answers as JSON")
     figfont.add_argument("--names", metavar="A,B", help="names in the table [the folders']")
     figfont.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
+    figfont.add_argument(
+        "--prompt-type", choices=("chat", "qwen_prompt", "llama_prompt"), default="chat",
+        help="the tokenizer's chat template, or a released prompt as it is [chat]"
+    )  # fmt: skip
+    figfont.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     _int(figfont, "--limit", None, "first so many samples")
     _int(figfont, "--batch-size", 16, "samples decoded together")
     _int(figfont, "--max-new-tokens", 5, "tokens of an answer")

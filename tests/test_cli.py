@@ -219,7 +219,7 @@ def test_dry_run_of_many_processes(run_yaml, capsys):
     ],
 )
 def test_train_refuses_before_anything_starts(run_yaml, capsys, monkeypatch, arguments, expected):
-    stub(monkeypatch, "megatron_deft.training.run", "run", raising(AssertionError("started")))
+    monkeypatch.setattr("megatron_deft.training.run.run", raising(AssertionError("started")))
     assert expected in failure(capsys, "train", run_yaml, *arguments)
 
 
@@ -241,7 +241,7 @@ def test_a_hugging_face_folder_is_told_to_be_converted(run_yaml, capsys, tmp_pat
 
 def test_one_process_trains_here(run_yaml, monkeypatch):
     seen = []
-    stub(monkeypatch, "megatron_deft.training.run", "run", seen.append)
+    monkeypatch.setattr("megatron_deft.training.run.run", seen.append)
     assert main(["train", run_yaml, "seed=7", "--nproc-per-node", "1"]) == 0
     assert seen == [load_config(run_yaml, ["seed=7"])]
 
@@ -264,7 +264,7 @@ def test_resume_is_an_override(run_yaml, capsys):
 
 def test_under_torchrun_it_is_one_rank(run_yaml, monkeypatch, capsys, tmp_path):
     seen = []
-    stub(monkeypatch, "megatron_deft.training.run", "run", seen.append)
+    monkeypatch.setattr("megatron_deft.training.run.run", seen.append)
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     assert main(["train", run_yaml, "train.global_batch=3"]) == 0
@@ -371,7 +371,7 @@ def test_evaluate_figfont_calls(monkeypatch):
     assert args == (["a", "b"], "t.parquet")
     assert keys == {
         "out": None, "limit": 5, "batch_size": 16, "max_new_tokens": 5, "engine": "auto",
-        "names": ["base", "deft"],
+        "names": ["base", "deft"], "prompt_type": "chat", "dtype": "auto",
     }  # fmt: skip
 
 

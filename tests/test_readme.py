@@ -39,6 +39,7 @@ def test_the_road_runs_as_written(tmp_path: Path) -> None:
     assert "step 10/10 " in done.stdout
     assert "resumed from runs/deft/checkpoints/step_00000010" in done.stdout
     assert "step 12/12 " in done.stdout
+    assert list((tmp_path / "runs" / "deft" / "tensorboard").glob("events*"))  # on by itself
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["models"]) == {"tiny", "deft"}
 

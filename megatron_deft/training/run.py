@@ -2,9 +2,29 @@
 
 import os
 import warnings
+from pathlib import Path
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
+from megatron_deft.errors import UserError
+from megatron_deft.models.families import ModelSpec
+
+
+def read_base(load: str) -> tuple[Path, ModelSpec]:
+    """The checkpoint folder that model.load means, and its architecture.
+
+    Errors: UserError, also for the name of a model on a hub and for a Hugging Face folder.
+    """
+    path = Path(load)
+    converted = (path / checkpoint_folder.MANIFEST).exists()
+    if not path.exists() or (not converted and (path / "config.json").exists()):
+        what = "is a Hugging Face folder" if path.exists() else "does not exist"
+        raise UserError(
+            f"model.load={load} {what}: run `megatron-deft convert import HF_FOLDER WEIGHTS` "
+            "and set model.load=WEIGHTS"
+        )
+    folder = checkpoint_folder.resolve(path)
+    return folder, ModelSpec.from_json(checkpoint_folder.read_manifest(folder)["spec"])
 
 
 def run(cfg: RunConfig) -> dict[str, float]:
@@ -14,10 +34,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
     Errors: UserError for everything a user can mend.
     """
     from megatron_deft import platform
-    from megatron_deft.models.families import ModelSpec
 
-    folder = checkpoint_folder.resolve(cfg.model.load)
-    spec = ModelSpec.from_json(checkpoint_folder.read_manifest(folder)["spec"])
+    folder, spec = read_base(cfg.model.load)
     cfg.validate(int(os.environ.get("WORLD_SIZE", 1)), spec)
     # Between torch and megatron-core 0.16; who trains can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -159,6 +159,9 @@ class Trainer:
     def run(self) -> dict[str, float]:
         """Train to the last step. Returns the metrics of the last step of the run."""
         cfg, total = self.cfg, self.data.total_steps
+        if self.position.step >= total:
+            say(f"step {self.position.step} of {total} is done: nothing is left to train")
+            return {}
         if dist.get_rank() == 0:
             checkpointing.remove_leftovers(self.run_dir)
             with atomic_write(self.run_dir / "config.yaml") as handle:
