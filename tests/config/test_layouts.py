@@ -1,0 +1,143 @@
+"""Runs that can be and runs that cannot, the help, and the example files."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_deft.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    config_help,
+    load_config,
+)
+from megatron_deft.errors import UserError
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
+
+
+@dataclass(frozen=True)
+class Shape:
+    num_layers: int = 28
+    ffn_hidden_size: int = 8960
+    num_attention_heads: int = 12
+    num_query_groups: int = 2
+    max_position_embeddings: int = 4096
+
+
+def make(**sections) -> RunConfig:
+    given = {
+        "run_dir": "runs/a",
+        "model": ModelConfig(load="weights"),
+        "data": DataConfig(train_files=("train.parquet",)),
+    }
+    return RunConfig(**(given | sections))
+
+
+def test_possible_layouts_pass():
+    config = make(
+        parallel=ParallelConfig(tensor=2, pipeline=4, sequence=True),
+        train=TrainConfig(micro_batch=4),
+    )
+    config.validate(16, Shape())
+    assert config.data_parallel(16) == 2
+    assert config.micro_batches(16) == 32
+
+
+@pytest.mark.parametrize(
+    ("sections", "world", "expected"),
+    [
+        ({"objective": "defft"}, 1, ["defft", "deft"]),
+        ({"objective": "OnlyTopP-2"}, 1, ["OnlyTopP-2", "0 <= t < 1"]),
+        ({"parallel": ParallelConfig(context=2)}, 2, ["parallel.context=2", "only 1"]),
+        ({"parallel": ParallelConfig(sequence=True)}, 1, ["parallel.sequence=true", "tensor=1"]),
+        ({"parallel": ParallelConfig(tensor=2, sequence=True),
+          "data": DataConfig(train_files=("a",), max_length=7)}, 2, ["max_length=7", "tensor=2"]),
+        ({"parallel": ParallelConfig(tensor=2, pipeline=3)}, 4, ["4 processes", "multiple of 6"]),
+        ({}, 0, ["0 processes"]),
+        ({"train": TrainConfig(global_batch=30, micro_batch=4)}, 2, ["global_batch=30", "= 8"]),
+        ({"parallel": ParallelConfig(tensor=8)}, 8, ["tensor=8", "12 attention heads", "1, 2, 3"]),
+        ({"parallel": ParallelConfig(tensor=4)}, 4, ["tensor=4", "2 key-value heads", ": 1, 2"]),
+        ({"parallel": ParallelConfig(pipeline=3)}, 3, ["pipeline=3", "28 layers", "7, 14, 28"]),
+        ({"data": DataConfig(train_files=("a",), max_length=8192)}, 1,
+         ["max_length=8192", "max_position_embeddings=4096"]),
+        ({"optim": OptimConfig(lr=1e-5, min_lr=1e-4)}, 1, ["optim.min_lr=0.0001", "1e-05"]),
+        ({"optim": OptimConfig(warmup_steps=9), "train": TrainConfig(steps=5)}, 1,
+         ["optim.warmup_steps=9", "train.steps=5"]),
+        ({"train": TrainConfig(val_every=5)}, 1, ["train.val_every=5", "data.val_files"]),
+    ],
+)  # fmt: skip
+def test_impossible_runs_are_refused(sections, world, expected):
+    train = sections.get("train", TrainConfig(global_batch=48))
+    config = make(**(sections | {"train": train}))
+    with pytest.raises(UserError) as caught:
+        config.validate(world, Shape())
+    assert "\n" not in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_feed_forward_channels_must_divide():
+    config = make(parallel=ParallelConfig(tensor=2))
+    with pytest.raises(UserError, match="7 feed-forward channels: 1, 7"):
+        config.validate(2, dataclasses.replace(Shape(), ffn_hidden_size=7))
+
+
+# Help and examples
+
+
+def test_help_lists_every_key_with_its_meaning_and_is_itself_a_file(write):
+    text = config_help()
+    config = load_config(
+        write(text), ["run_dir=runs/a", "model.load=weights", "data.train_files=train.parquet"]
+    )
+    assert config == make()
+    for section in (RunConfig(run_dir="a", model=config.model, data=config.data), config.optim):
+        for declaration in dataclasses.fields(section):
+            assert re.search(rf"^ *{declaration.name}:", text, re.M), declaration.name
+    for line in text.splitlines():
+        assert len(line) <= 100
+    assert re.search(r"# peak learning rate.*\[finite number, > 0\]\n  lr: 1.0e-05", text)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_examples_load(path):
+    load_config(path).validate(1, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "max_length", "micro_batch", "weight_decay"),
+    [
+        ("math_qwen2.5-math-1.5b", 5e-5, 3072, 4, 0.01),
+        ("math_qwen2.5-math-7b", 5e-5, 3072, 4, 0.01),
+        ("math_llama-3.1-8b", 2e-5, 3072, 4, 0.01),
+        ("medical_qwen2.5-1.5b", 5e-5, 800, 16, 0.01),
+        ("medical_llama-3.1-8b", 2e-5, 800, 16, 0.01),
+        ("figfont_qwen2.5-1.5b", 5e-5, 800, 16, 1e-5),
+        ("figfont_llama-3.1-8b", 2e-5, 800, 16, 1e-5),
+    ],
+)
+def test_examples_are_the_published_hyper_parameters(
+    name, lr, max_length, micro_batch, weight_decay
+):
+    config = load_config(EXAMPLES / f"{name}.yaml")
+    assert config.optim == OptimConfig(lr=lr, weight_decay=weight_decay)
+    assert config.data.max_length == max_length
+    assert (config.train.global_batch, config.train.micro_batch) == (256, micro_batch)
+    assert (config.train.epochs, config.model.dtype, config.objective) == (1.0, "bf16", "deft")
+
+
+def test_config_imports_no_torch():
+    code = "import sys, megatron_deft.config; print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "False"
