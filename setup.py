@@ -7,6 +7,7 @@ has CUDA and nvcc is found. The variable TORCH_CUDA_ARCH_LIST chooses the archit
 """
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -23,14 +24,16 @@ except ImportError:
         "then pip install --no-build-isolation -e ."
     )
 
-if not shutil.which(os.environ.get("CXX", "c++")):
-    sys.exit("megatron_deft needs a C++17 compiler: install g++ (or clang++ and set CXX)")
+if not shutil.which(shlex.split(os.environ.get("CXX", "c++"))[0]):
+    sys.exit("megatron_deft needs a C++20 compiler: install g++ (or clang++ and set CXX)")
 
-WITH_CUDA = torch.version.cuda is not None and CUDA_HOME is not None
-if torch.version.cuda is not None and CUDA_HOME is None:
+# A bare nvcc on the PATH can make CUDA_HOME a folder without CUDA's headers.
+HAS_TOOLKIT = CUDA_HOME is not None and Path(CUDA_HOME, "include/cuda_runtime_api.h").exists()
+WITH_CUDA = torch.version.cuda is not None and HAS_TOOLKIT
+if torch.version.cuda is not None and not HAS_TOOLKIT:
     print(
-        "megatron_deft: torch has CUDA but nvcc was not found: only the CPU operators are built; "
-        "set CUDA_HOME to build the CUDA ones",
+        f"megatron_deft: torch has CUDA {torch.version.cuda}, but no toolkit is at CUDA_HOME="
+        f"{CUDA_HOME}: only the CPU operators are built; set CUDA_HOME to build the CUDA ones",
         file=sys.stderr,
     )
 

@@ -29,6 +29,7 @@ inline int64_t row_stride_of(const at::Tensor& t, const char* name) {
   TORCH_CHECK_VALUE(t.dim() >= 1 && (t.size(-1) <= 1 || t.stride(-1) == 1), name,
                     ": expected the vocabulary as last dimension with stride 1, got sizes ",
                     t.sizes(), " strides ", t.strides(), "; call .contiguous()");
+  if (t.numel() == 0 || t.is_contiguous()) return t.size(-1);
   int64_t expected = -1, stride = t.size(-1);
   for (int64_t d = t.dim() - 2; d >= 0; --d) {
     if (t.size(d) == 1) continue;

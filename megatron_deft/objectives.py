@@ -90,7 +90,7 @@ def _nll(s: Statistics) -> Terms:
 
 
 def _tsallis(s: Statistics, q: float) -> Terms:
-    return _q_log(s.logp, q) if q != 0.0 else _nll(s)
+    return _q_log(s.logp, q) if abs(q) > 1e-30 else _nll(s)  # the limit, where fp32 q is 0
 
 
 def _dft(s: Statistics) -> Terms:

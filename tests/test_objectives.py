@@ -92,7 +92,7 @@ def test_a_bad_spec_names_what_is_legal(spec: str, named: str) -> None:
 
 def test_q_to_zero_is_nll_without_cancellation() -> None:
     logp = torch.tensor([-1e-3, -1.0, -11.0])
-    for q in (1e-6, 1e-12, -1e-12):
+    for q in (1e-6, 1e-12, -1e-12, 1e-29, 1e-31, 1e-50):
         loss, gate, _ = parse(f"tsallis({q})")(statistics(logp))
         torch.testing.assert_close(loss, -logp, rtol=2e-5, atol=0)
         torch.testing.assert_close(gate, torch.ones(3), rtol=2e-5, atol=0)

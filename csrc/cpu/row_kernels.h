@@ -14,7 +14,11 @@
 #include "../vocab_loss.h"
 
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+#if __GNUC__ >= 12
 #define MDEFT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else  // no x86-64 levels yet; "avx2" alone leaves out fused multiply-add
+#define MDEFT_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define MDEFT_CLONES
 #endif
@@ -104,7 +108,9 @@ MDEFT_INLINE Sums row_sums(const T* z, int64_t n) {
     float l1[kLanes] = {}, l2[kLanes] = {}, lh[kLanes] = {};
     const auto add = [&](float value, int j) __attribute__((always_inline)) {
       float d = value - m;
-      d = d < -100.0f ? -100.0f : d;  // -inf: e = 0, and 0 * d must stay 0
+      d = d < -100.0f ? -100.0f : d;  // far below the maximum e = 0, and 0 * d must stay 0
+      // A shard of -inf alone has m = -inf, where the difference would be nan. nan stays nan.
+      d = value == -std::numeric_limits<float>::infinity() ? -100.0f : d;
       const float e = exp_nonpositive(d);
       l1[j] += e;
       l2[j] += e * e;

@@ -60,6 +60,8 @@ def attach(
 
     The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label
     is ignored; inference and labels=None are unchanged. Attaching again replaces the objective.
+    Multi-token prediction: megatron-core fills the label it rolls in with 0 and masks its loss
+    afterwards, so that token of each head counts in the batch mean of `cayley`.
     Errors: UserError when no module of `model` is a LanguageModule, or vocab_size does not fit.
     """
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -92,11 +94,19 @@ def _hook(
 ) -> Any:
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s], logits [s, b, V_local] -> loss [b, s] fp32."""
+        group = _tensor_group(self)
+        padded = getattr(self, "vocab_size", None)
+        if padded is not None and logits.shape[-1] * group.size() != padded:
+            raise UserError(
+                f"attach: expected logits with {padded // group.size()} columns on each of "
+                f"{group.size()} tensor-parallel ranks, got {logits.shape[-1]}; build the model "
+                "with parallel_output=True"
+            )
         loss, statistics = token_loss(
             logits,
             labels.transpose(0, 1),
             attachment.objective,
-            group=_tensor_group(self),
+            group=group,
             vocab_size=vocab_size,
             ignore_index=ignore_index,
             inplace_backward=inplace_backward,

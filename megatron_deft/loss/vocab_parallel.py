@@ -241,7 +241,9 @@ def token_loss(
 
     returns: fp32 loss of the labels' shape, 0 where a label is ignored or the objective drops the
     token. Its gradient accepts any per-token upstream; a second derivative is an error.
-    Errors: UserError (a ValueError) naming what was expected, what was given and the mend.
+    Errors: UserError (a ValueError) naming what was expected, what was given and the mend. A label
+    out of range is one on the CPU; on CUDA it is a device-side assertion, which needs no
+    synchronisation but ends the process.
     Formulas: `megatron-deft objectives`; DEFT: arXiv 2602.11424.
     """
     objective = parse(objective)
@@ -312,6 +314,8 @@ def _shard(
         raise UserError("group: this process is not a member of the given process group")
     columns = logits.shape[-1]
     vocab_size = columns * ranks if vocab_size is None else vocab_size
+    if ranks > 1:
+        _check_equal_shards(columns, vocab_size, group)
     if not 0 < vocab_size <= columns * ranks:
         raise UserError(
             f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "
@@ -319,6 +323,27 @@ def _shard(
         )
     start = rank * columns
     return _Shard(start, min(max(vocab_size - start, 0), columns), vocab_size, ignore_index, group)
+
+
+_equal_shards: set[tuple[dist.ProcessGroup | None, int, int]] = set()
+
+
+def _check_equal_shards(columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> None:
+    """All ranks hold as many columns; asked once per group and size, so a step costs nothing.
+
+    Before any check that one rank alone could fail: the others would wait in the all-gather.
+    """
+    key = (group, columns, vocab_size)
+    if key in _equal_shards:
+        return
+    sizes: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, (columns, vocab_size), group=group)
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"logits: expected the same number of columns and vocab_size on every rank of group, "
+            f"got {sizes}; pad the vocabulary so that the ranks divide it"
+        )
+    _equal_shards.add(key)
 
 
 def _check_labels(labels: Tensor, shard: _Shard) -> None:

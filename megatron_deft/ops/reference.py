@@ -28,7 +28,8 @@ def row_stats(
         out[0] = -torch.inf
     else:
         m = z.amax(dim=-1)
-        d = z - m[:, None]
+        # a shard of -inf alone has m = -inf, where the difference would be nan
+        d = (z - m[:, None]).masked_fill(z == -torch.inf, -torch.inf)
         e = d.exp()
         column = labels - vocab_start
         owned = (column >= 0) & (column < vocab_valid)

@@ -147,8 +147,40 @@ def count_collectives(rank: int, world: int) -> list[str]:
 
         setattr(dist, name, counted)
     logits = torch.randn(7, 16, requires_grad=True)
-    token_loss(logits, torch.arange(7), "deft", group=dist.group.WORLD).sum().backward()
+    for _ in range(2):  # the first call also asks once whether the shards are equal
+        calls.clear()
+        token_loss(logits, torch.arange(7), "deft", group=dist.group.WORLD).sum().backward()
     return calls
+
+
+def unequal(rank: int, world: int) -> str:
+    logits = torch.randn(3, 62 - rank)
+    with pytest.raises(UserError) as caught:
+        token_loss(logits, torch.tensor([122, 0, 61]), group=dist.group.WORLD, vocab_size=123)
+    return str(caught.value)
+
+
+def test_unequal_shards_are_refused_on_every_rank() -> None:
+    for message in run_ranks(2, unequal):
+        assert "[(62, 123), (61, 123)]" in message
+
+
+def one_shard_of_minus_infinity(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    row = torch.tensor([[-math.inf, 0.0, 1.0, -math.inf], [-math.inf] * 4])[rank : rank + 1]
+    logits = row.clone().requires_grad_(True)
+    loss = token_loss(logits, torch.tensor([1]), "deft", group=dist.group.WORLD)
+    loss.sum().backward()
+    assert logits.grad is not None
+    return loss.detach(), logits.grad
+
+
+def test_a_shard_of_minus_infinity_alone() -> None:
+    (loss, first), (_, second) = run_ranks(2, one_shard_of_minus_infinity)
+    whole = torch.tensor([[-1e5, 0.0, 1.0, -1e5]])
+    want, grad, *_ = loss_and_grad("DEFT", whole, torch.tensor([1]), 4, torch.ones(1))
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(first.double(), grad, rtol=1e-5, atol=1e-6)
+    assert torch.equal(second, torch.zeros(1, 4))
 
 
 def test_one_all_gather_of_five_floats_per_token() -> None:
@@ -182,11 +214,12 @@ def test_all_masked_gives_zero_never_nan(spec: str) -> None:
     assert bool((logits.grad == 0).all())
 
 
-def test_no_tokens_at_all() -> None:
-    logits = torch.zeros(0, 11, requires_grad=True)
-    token_loss(logits, torch.zeros(0, dtype=torch.long)).sum().backward()
+@pytest.mark.parametrize("shape", [(0,), (5, 0), (2, 0, 3)])
+def test_no_tokens_at_all(shape: tuple[int, ...]) -> None:
+    logits = torch.zeros(*shape, 11, requires_grad=True)
+    token_loss(logits, torch.zeros(shape, dtype=torch.long)).sum().backward()
     assert logits.grad is not None
-    assert logits.grad.shape == (0, 11)
+    assert logits.grad.shape == (*shape, 11)
 
 
 ROWS = {
