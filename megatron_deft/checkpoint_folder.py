@@ -136,14 +136,10 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def newest_whole(
-    root: str | Path, checksums: bool = True
-) -> tuple[Path | None, list[tuple[Path, str]]]:
-    """The newest checkpoint below `root` that is whole, and what was passed over with the reason.
+def candidates(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
+    """Checkpoints below `root`, newest first, not looked into yet; and half-written ones with why.
 
-    `root` is RUN or RUN/checkpoints. Half-written folders (temporary names, no manifest) and
-    missing, truncated or corrupted files disqualify a checkpoint; older ones are then tried. The
-    search stops at the first whole one, so healthy older checkpoints are neither hashed nor listed.
+    `root` is RUN or RUN/checkpoints.
     """
     root = _checkpoints(Path(root))
     skipped: list[tuple[Path, str]] = []
@@ -153,7 +149,20 @@ def newest_whole(
             skipped.append((path, "half-written: it still has its temporary name"))
         elif (match := _STEP_NAME.fullmatch(path.name)) and path.is_dir():
             steps.append((int(match.group(1)), path))
-    for _, path in sorted(steps, reverse=True):
+    return [path for _, path in sorted(steps, reverse=True)], skipped
+
+
+def newest_whole(
+    root: str | Path, checksums: bool = True
+) -> tuple[Path | None, list[tuple[Path, str]]]:
+    """The newest checkpoint below `root` that is whole, and what was passed over with the reason.
+
+    `root` is RUN or RUN/checkpoints. Half-written folders (temporary names, no manifest) and
+    missing, truncated or corrupted files disqualify a checkpoint; older ones are then tried. The
+    search stops at the first whole one, so healthy older checkpoints are neither hashed nor listed.
+    """
+    paths, skipped = candidates(root)
+    for path in paths:
         problems = verify(path, checksums)
         if not problems:
             return path, skipped

@@ -272,11 +272,6 @@ class RunConfig(Section):
                 "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
                 "set it to false, or parallel.tensor to 2 or more"
             )
-        if parallel.sequence and self.data.max_length % parallel.tensor:
-            raise UserError(
-                f"data.max_length={self.data.max_length}: must be a multiple of "
-                f"parallel.tensor={parallel.tensor} with parallel.sequence=true"
-            )
         model_size = parallel.tensor * parallel.pipeline * parallel.context
         if world_size < 1 or world_size % model_size:
             raise UserError(

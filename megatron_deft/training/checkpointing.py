@@ -21,6 +21,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_deft import checkpoint_folder
+from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.training.optimizer import SHARDING, create_state, load_optimizer_state
@@ -119,7 +120,7 @@ def save(
         )
         publish_folder(temporary, final)
         checkpoint_folder.write_latest(root, final.name)
-        _drop_oldest(root, keep)
+        _drop_oldest(root, final, keep)
     dist.barrier()
     return final
 
@@ -130,9 +131,12 @@ def _from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def _drop_oldest(root: Path, keep: int | None) -> None:
+def _drop_oldest(root: Path, newest: Path, keep: int | None) -> None:
+    """Keep `keep` checkpoints up to the one just written."""
     if keep is not None:
-        for path in sorted(root.glob("step_*"))[:-keep]:
+        for path in sorted(
+            p for p in root.glob("step_*") if p.name <= newest.name and "." not in p.name
+        )[:-keep]:
             shutil.rmtree(path)
 
 
@@ -147,31 +151,27 @@ def _sharded_state(
 
 
 def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from (None: start at step 0) and warnings to show; rank 0 looks.
+    """The checkpoint to go on from (None: start at step 0) and warnings to show.
+
+    Rank 0 lists what is there; all ranks together read and compare the checksums.
 
     resume: "no", "auto", "must" or a folder, as train.resume says
     Errors: UserError (on every rank) when there is none and there must be, when a named one is
     damaged, or when "no" would overwrite a run.
     """
-    found: tuple[Path | None, list[str], str | None] | None = None
-    if dist.get_rank() == 0:
-        try:
-            found = (*_find(run_dir, resume), None)
-        except UserError as error:
-            found = (None, [], str(error))
-    path, warnings, problem = _from_rank_0(found)
-    if problem:
-        raise UserError(problem)
-    return path, warnings
-
-
-def _find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume not in ("no", "auto", "must"):
         folder = checkpoint_folder.resolve(resume)
-        if problems := checkpoint_folder.verify(folder):
+        if problems := _problems(folder):
             raise UserError(f"train.resume={folder} is damaged: {'; '.join(problems)}")
         return folder, []
-    newest, skipped = checkpoint_folder.newest_whole(run_dir)
+    candidates, skipped = _from_rank_0(checkpoint_folder.candidates(run_dir))
+    newest = None
+    for path in candidates:
+        problems = _problems(path)
+        if not problems:
+            newest = path
+            break
+        skipped.append((path, "; ".join(problems)))
     if resume == "no":
         if newest is not None:
             raise UserError(
@@ -189,8 +189,21 @@ def _find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     return newest, [f"{path} is passed over ({why}); {used}" for path, why in skipped]
 
 
+def _problems(folder: Path) -> list[str]:
+    """What is wrong with a checkpoint, the same on every rank; each rank hashes its share."""
+    problems = _from_rank_0(checkpoint_folder.verify(folder, checksums=False))
+    if problems:
+        return problems
+    recorded = checkpoint_folder.read_manifest(folder)["files"]
+    names = sorted(recorded)[dist.get_rank() :: dist.get_world_size()]
+    found = checkpoint_folder.hash_files(folder, names)
+    wrong: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(wrong, [name for name in names if found[name] != recorded[name]])
+    return [f"{name} does not match its blake2b checksum" for part in wrong for name in part]
+
+
 def load(
-    folder: Path, model: GPTModel, optimizer: MegatronOptimizer
+    cfg: RunConfig, folder: Path, model: GPTModel, optimizer: MegatronOptimizer
 ) -> tuple[Position, dict[str, Any], list[str]]:
     """Load `folder` into the model and optimizer of this rank, whatever layout wrote it.
 
@@ -201,6 +214,12 @@ def load(
         raise UserError(
             f"{folder} holds weights without optimizer state: name it as model.load, and start "
             "without --resume"
+        )
+    saved = manifest["config"]["parallel"]["distributed_optimizer"]
+    if saved != cfg.parallel.distributed_optimizer:
+        raise UserError(
+            f"parallel.distributed_optimizer={cfg.parallel.distributed_optimizer}, but {folder} "
+            f"was saved with {saved}: set it so, or start anew from its weights with model.load"
         )
     create_state(optimizer)
     state = _sharded_state(model, optimizer, is_loading=True)
@@ -222,7 +241,26 @@ def load(
     return Position(manifest["step"], manifest["consumed"]), manifest, notes
 
 
-def remove_leftovers(run_dir: Path) -> None:
-    """Delete what interrupted saves left under temporary names; rank 0 calls it at the start."""
-    for path in (run_dir / "checkpoints").glob(".step_*"):
+def clear_the_way(run_dir: Path, position: Position) -> list[str]:
+    """Make run_dir ready to go on from `position`; rank 0 calls it at the start of a run.
+
+    What interrupted saves left under temporary names is deleted. Checkpoints of later steps
+    (damaged ones that were passed over, or another way the run went before) are renamed to
+    step_N.abandoned: a later --resume must not take them for this run's newest.
+    returns: lines for the log
+    """
+    root, notes = run_dir / "checkpoints", []
+    for path in root.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(root.glob("step_*")):
+        if path.name > checkpoint_folder.step_name(position.step) and "." not in path.name:
+            aside = path.with_name(f"{path.name}.abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            notes.append(f"{path} is not of this run: kept as {aside.name}")
+    own = root / checkpoint_folder.step_name(position.step)
+    if own.exists():
+        checkpoint_folder.write_latest(root, own.name)
+    else:
+        (root / checkpoint_folder.LATEST).unlink(missing_ok=True)
+    return notes

@@ -15,7 +15,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 
-from megatron_deft.config import RunConfig
+from megatron_deft.config import OptimConfig, RunConfig
 
 # Layout-free: gathers each parameter's state on one data-parallel rank while saving.
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -53,10 +53,16 @@ def build_optimizer(cfg: RunConfig, model: DistributedDataParallel) -> MegatronO
     )
 
 
-def set_learning_rate(optimizer: MegatronOptimizer, lr: float) -> None:
-    """Give every parameter group its learning rate for the coming step."""
+def set_hyper_parameters(optimizer: MegatronOptimizer, optim: OptimConfig, lr: float) -> None:
+    """Give every parameter group what it needs for the coming step.
+
+    megatron-core leaves lr_mult and wd_mult (0 for norms and biases) to whoever schedules. A group
+    that came out of a checkpoint follows the configuration as well.
+    """
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_mult", 1.0)
+        group["lr"] = lr * group["lr_mult"]
+        group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        group["betas"], group["eps"] = optim.betas, optim.eps
 
 
 def create_state(optimizer: MegatronOptimizer) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from megatron_deft.platform import device
 from megatron_deft.training import checkpointing
 from megatron_deft.training.checkpointing import Position
 from megatron_deft.training.metrics import MetricsLog, progress_line
-from megatron_deft.training.optimizer import build_optimizer, set_learning_rate, wrap_model
+from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters, wrap_model
 from megatron_deft.training.schedule import learning_rate, warmup_length
 from megatron_deft.training.statistics import means, reduce_sums, token_sums
 
@@ -101,6 +101,7 @@ class Trainer:
     def __init__(self, cfg: RunConfig, folder: Path, spec: ModelSpec) -> None:
         """Build everything; `folder` is the resolved model.load and `spec` its architecture."""
         self.cfg, self.spec = cfg, spec
+        self._has_warned = False
         self.run_dir = Path(cfg.run_dir)
         resume, warnings = checkpointing.find(self.run_dir, cfg.train.resume)
         for warning in warnings:
@@ -140,18 +141,16 @@ class Trainer:
             self._resume(resume)
 
     def _resume(self, folder: Path) -> None:
-        self.position, manifest, notes = checkpointing.load(folder, self.model, self.optimizer)
+        self.position, manifest, notes = checkpointing.load(
+            self.cfg, folder, self.model, self.optimizer
+        )
         self.base = manifest.get("base", self.base)
         if manifest["samples"] != len(self.data.train):
             notes.append(
                 f"the data changed: {manifest['samples']} samples when {folder.name} was saved, "
                 f"{len(self.data.train)} now; the order of samples is another one"
             )
-        if manifest["objective"] != self.attachment.objective.spec:
-            notes.append(
-                f"the objective changed from {manifest['objective']} to "
-                f"{self.attachment.objective.spec}"
-            )
+        notes += _changes(manifest["config"], to_dict(self.cfg))
         for note in notes:
             say(f"warning: {note}")
         say(f"resumed from {folder}: step {self.position.step}")
@@ -163,7 +162,8 @@ class Trainer:
             say(f"step {self.position.step} of {total} is done: nothing is left to train")
             return {}
         if dist.get_rank() == 0:
-            checkpointing.remove_leftovers(self.run_dir)
+            for note in checkpointing.clear_the_way(self.run_dir, self.position):
+                say(f"warning: {note}")
             with atomic_write(self.run_dir / "config.yaml") as handle:
                 handle.write(dump_yaml(cfg))
         say(
@@ -204,7 +204,7 @@ class Trainer:
         number = position.step + 1
         batch = data.stream.take(position.consumed, cfg.train.global_batch)
         lr = learning_rate(cfg.optim, data.total_steps, number)
-        set_learning_rate(self.optimizer, lr)
+        set_hyper_parameters(self.optimizer, cfg.optim, lr)
         self.ddp.train()
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -213,6 +213,9 @@ class Trainer:
         self.position = Position(number, position.consumed + len(batch))
         metrics["grad_norm"] = float(grad_norm or 0.0)
         self._stop_if_not_finite(metrics, number)
+        if metrics["kept_tokens"] == 0 and not self._has_warned:
+            self._has_warned = True
+            say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
         seconds = time.perf_counter() - begin
         tokens = int(data.train.lengths[batch].sum())
         return metrics | {
@@ -229,7 +232,7 @@ class Trainer:
             value = metrics[name]
             if value != value or abs(value) == float("inf"):
                 raise UserError(
-                    f"step {step}: {name} is {value}; stopped before anything was saved from it: "
+                    f"step {step}: {name} is {value}; stopped before this step was saved: "
                     "lower optim.lr, look at the samples of this step, or train in fp32"
                 )
 
@@ -255,7 +258,7 @@ class Trainer:
             cfg.train.micro_batch,
         )
         parts = get_forward_backward_func()(
-            forward_step_func=forward_step(self.attachment, cfg.reduction),
+            forward_step_func=forward_step(self.attachment, cfg.reduction, forward_only),
             data_iterator=_micro_batches(dataset, rows, length),
             model=[self.ddp],
             num_microbatches=len(rows),
@@ -294,13 +297,41 @@ def _micro_batches(dataset: Dataset, rows: Indices, length: int) -> Iterator[Bat
         yield {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
 
 
-def forward_step(attachment: Attachment, reduction: str) -> Callable[..., Any]:
-    """megatron-core's forward step: one micro-batch through this stage, and its loss function."""
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What of a run's configuration is not as it was when the checkpoint was saved, line by line.
+
+    How a run is laid out, watched and saved may change freely; what it computes is named.
+    """
+    notes = []
+    for key, value in now.items():
+        name, old = prefix + key, before.get(key)
+        if name in ("run_dir", "parallel", "monitor", "model.load", "data.show_sample") or (
+            name.startswith("train.") and name != "train.global_batch"
+        ):
+            continue
+        if isinstance(value, Mapping):
+            notes += _changes(old or {}, value, f"{name}.")
+        elif old != value:
+            order = "; samples come in another order" if name in ("seed", "data.shuffle") else ""
+            notes.append(f"{name} is {value} now and was {old}{order}")
+    return notes
+
+
+def forward_step(
+    attachment: Attachment, reduction: str, validating: bool = False
+) -> Callable[..., Any]:
+    """megatron-core's forward step: one micro-batch through this stage, and its loss function.
+
+    validating: a micro-batch of nothing but filler, which completes the last global batch, does not
+    count as one of the micro-batches that reduction="micro_batch" averages.
+    """
 
     def loss_function(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         statistics = attachment.statistics
         assert statistics is not None
         numerator, denominator = reduce_loss(loss, statistics.keep, reduction)
+        if validating and reduction == "micro_batch":
+            denominator = statistics.valid.any().long()
         sums = token_sums(statistics, numerator, denominator)
         return numerator, denominator.int(), {"sums": sums}
 

@@ -59,8 +59,6 @@ def test_possible_layouts_pass():
         ({"objective": "OnlyTopP-2"}, 1, ["OnlyTopP-2", "0 <= t < 1"]),
         ({"parallel": ParallelConfig(context=2)}, 2, ["parallel.context=2", "only 1"]),
         ({"parallel": ParallelConfig(sequence=True)}, 1, ["parallel.sequence=true", "tensor=1"]),
-        ({"parallel": ParallelConfig(tensor=2, sequence=True),
-          "data": DataConfig(train_files=("a",), max_length=7)}, 2, ["max_length=7", "tensor=2"]),
         ({"parallel": ParallelConfig(tensor=2, pipeline=3)}, 4, ["4 processes", "multiple of 6"]),
         ({}, 0, ["0 processes"]),
         ({"train": TrainConfig(global_batch=30, micro_batch=4)}, 2, ["global_batch=30", "= 8"]),

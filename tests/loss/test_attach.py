@@ -178,6 +178,22 @@ def test_multi_token_prediction_heads_train_with_the_objective() -> None:
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-7)
 
 
+def across_data_parallel(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Two ranks with different tokens; the batch mean of p is over both."""
+    model = gpt(1)
+    tokens, labels, positions = batch()
+    mine = slice(0, 1) if rank == 0 else slice(1, 3)
+    attach(model, "cayley(floor=data_parallel)", vocab_size=VOCAB)
+    loss = model(tokens[mine], positions[mine], None, labels=labels[mine])
+    whole = model(tokens, positions, None)
+    return loss, token_loss(whole, labels, "cayley", vocab_size=VOCAB)[mine]
+
+
+def test_cayley_over_the_data_parallel_ranks() -> None:
+    for got, want in run_ranks(2, across_data_parallel):
+        torch.testing.assert_close(got, want)
+
+
 class EmptyStack(torch.nn.Module):
     """A stack of no layers: the real ones need Triton and TransformerEngine."""
 
