@@ -149,6 +149,10 @@ def candidates(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
             skipped.append((path, "half-written: it still has its temporary name"))
         elif (match := _STEP_NAME.fullmatch(path.name)) and path.is_dir():
             steps.append((int(match.group(1)), path))
+    if (root / LATEST).is_file():
+        named = root / (root / LATEST).read_text(encoding="utf-8").strip()
+        if not named.is_dir():
+            skipped.append((named, f"missing, though {LATEST} names it"))
     return [path for _, path in sorted(steps, reverse=True)], skipped
 
 

@@ -31,6 +31,14 @@ def without_template(folder: Path, to: Path) -> Path:
     return to
 
 
+def without_tokenizer(folder: Path, to: Path) -> Path:
+    """A copy of the weights that came without a tokenizer."""
+    shutil.copytree(folder, to)
+    for path in (to / "hf").glob("*token*"):
+        path.unlink()
+    return to
+
+
 def empty(folder: Path) -> Path:
     (folder / "empty.jsonl").touch()
     return folder / "empty.jsonl"
@@ -69,6 +77,10 @@ CASES: dict[str, tuple[str, Case]] = {
     "no chat template": (
         "no chat template",
         lambda b, t: [f"model.load={without_template(b / 'megatron', t / 'plain')}"],
+    ),
+    "no tokenizer": (
+        "no tokenizer that transformers can read",
+        lambda b, t: [f"model.load={without_tokenizer(b / 'megatron', t / 'bare')}"],
     ),
     "vocabulary": (
         "the tokenizer has 311 tokens and the model 301",

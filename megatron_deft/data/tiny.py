@@ -52,6 +52,10 @@ def make_tiny_llama(
     Errors: UserError when sizes do not divide, `split` is no regular expression, or `out` exists
     and `overwrite` is false.
     """
+    sizes = {"hidden_size": hidden_size, "layers": layers, "heads": heads, "kv_heads": kv_heads}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name}={size}: at least 1 is needed")
     _check(vocab_size, hidden_size, heads, kv_heads)
     tokenizer = _train_tokenizer(texts, vocab_size, split)
     config = {

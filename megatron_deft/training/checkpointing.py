@@ -24,6 +24,7 @@ from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
+from megatron_deft.models.families import ModelSpec
 from megatron_deft.training.optimizer import SHARDING, create_state, load_optimizer_state
 
 
@@ -161,8 +162,7 @@ def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
     """
     if resume not in ("no", "auto", "must"):
         folder = checkpoint_folder.resolve(resume)
-        if problems := _problems(folder):
-            raise UserError(f"train.resume={folder} is damaged: {'; '.join(problems)}")
+        check(folder, "train.resume")
         return folder, []
     candidates, skipped = _from_rank_0(checkpoint_folder.candidates(run_dir))
     newest = None
@@ -178,6 +178,12 @@ def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
                 f"run_dir={run_dir} holds checkpoints up to {newest.name}: pass --resume to go on "
                 "from there, or choose another run_dir"
             )
+        metrics = run_dir / "metrics.jsonl"
+        if _from_rank_0(metrics.is_file() and metrics.stat().st_size > 0):
+            raise UserError(
+                f"run_dir={run_dir} holds the metrics of another run: choose another run_dir, or "
+                f"remove {metrics}"
+            )
         return None, []
     if newest is None and resume == "must":
         why = f" ({skipped[0][0].name}: {skipped[0][1]})" if skipped else ""
@@ -187,6 +193,14 @@ def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
         )
     used = f"going on from {newest.name}" if newest else "starting at step 0"
     return newest, [f"{path} is passed over ({why}); {used}" for path, why in skipped]
+
+
+def check(folder: Path, key: str) -> None:
+    """Refuse a damaged folder by name; every rank calls it and reads its share of the files."""
+    if problems := _problems(folder):
+        raise UserError(
+            f"{key}={folder} is damaged: {'; '.join(problems)}; write it again, or name another"
+        )
 
 
 def _problems(folder: Path) -> list[str]:
@@ -203,7 +217,7 @@ def _problems(folder: Path) -> list[str]:
 
 
 def load(
-    cfg: RunConfig, folder: Path, model: GPTModel, optimizer: MegatronOptimizer
+    cfg: RunConfig, spec: ModelSpec, folder: Path, model: GPTModel, optimizer: MegatronOptimizer
 ) -> tuple[Position, dict[str, Any], list[str]]:
     """Load `folder` into the model and optimizer of this rank, whatever layout wrote it.
 
@@ -216,6 +230,11 @@ def load(
             "without --resume"
         )
     saved = manifest["config"]["parallel"]["distributed_optimizer"]
+    if manifest["spec"] != spec.to_json():
+        raise UserError(
+            f"model.load={cfg.model.load} is another architecture than {folder} was trained with: "
+            "name the weights that run started from"
+        )
     if saved != cfg.parallel.distributed_optimizer:
         raise UserError(
             f"parallel.distributed_optimizer={cfg.parallel.distributed_optimizer}, but {folder} "

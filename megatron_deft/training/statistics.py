@@ -1,5 +1,6 @@
 """What is logged of a step: sums over exactly the tokens of the loss, then their means."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -64,12 +65,15 @@ def reduce_sums(parts: Iterable[Mapping[str, Any]], device: torch.device) -> Ten
 def means(total: Tensor) -> dict[str, float]:
     """Sums -> the metrics of a step: loss, kept_tokens, MEANS, and gate_histogram_0 to _9.
 
-    The histogram is the share of kept tokens per bin. Without a kept token every mean is 0.
+    The histogram is the share of kept tokens per bin. Without a kept token every mean is nan: a 0
+    would look like a perfect model.
     """
     values = dict(zip(SUMS, total[: len(SUMS)].tolist(), strict=True))
     kept = values["kept_tokens"]
-    metrics = {"loss": values["objective"] / (values["denominator"] or 1.0), "kept_tokens": kept}
-    metrics |= {name: values[name] / (kept or 1.0) for name in MEANS}
+    per_token = 1.0 / kept if kept else math.nan
+    loss = values["objective"] / values["denominator"] if kept else math.nan
+    metrics = {"loss": loss, "kept_tokens": kept}
+    metrics |= {name: values[name] * per_token for name in MEANS}
     for index, count in enumerate(total[len(SUMS) :].tolist()):
-        metrics[f"gate_histogram_{index}"] = count / (kept or 1.0)
+        metrics[f"gate_histogram_{index}"] = count * per_token
     return metrics

@@ -57,7 +57,14 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
     """The tokenizer carried in a checkpoint folder. Errors: UserError when model and it differ."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / "hf")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder / "hf", local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}/hf: no tokenizer that transformers can read ({reason}): put the model's "
+            "tokenizer files into the Hugging Face folder and import it again"
+        ) from None
     if len(tokenizer) > spec.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {spec.vocab_size}: "
@@ -128,6 +135,7 @@ class Trainer:
         )
         self.model = build_model(spec, tcfg, vocab_pad_multiple=cfg.parallel.vocab_pad_multiple)
         if resume is None:
+            checkpointing.check(folder, "model.load")
             load_model(self.model, folder / "state")
         self.ddp = wrap_model(cfg, self.model)
         self.attachment = attach(self.ddp, cfg.objective, vocab_size=spec.vocab_size)
@@ -142,7 +150,7 @@ class Trainer:
 
     def _resume(self, folder: Path) -> None:
         self.position, manifest, notes = checkpointing.load(
-            self.cfg, folder, self.model, self.optimizer
+            self.cfg, self.spec, folder, self.model, self.optimizer
         )
         self.base = manifest.get("base", self.base)
         if manifest["samples"] != len(self.data.train):
@@ -230,6 +238,8 @@ class Trainer:
     def _stop_if_not_finite(self, metrics: dict[str, float], step: int) -> None:
         for name in ("loss", "grad_norm"):
             value = metrics[name]
+            if name == "loss" and metrics["kept_tokens"] == 0:
+                continue  # a mean of nothing
             if value != value or abs(value) == float("inf"):
                 raise UserError(
                     f"step {step}: {name} is {value}; stopped before this step was saved: "

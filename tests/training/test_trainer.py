@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -174,7 +175,9 @@ def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
 
 
 def damage(checkpoint: Path, how: str) -> None:
-    if how == "half-written":
+    if how == "gone":
+        shutil.rmtree(checkpoint)
+    elif how == "half-written":
         checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.tmp-77"))
     elif how == "flipped byte":
         path = next((checkpoint / "state").glob("*.distcp"))
@@ -185,7 +188,7 @@ def damage(checkpoint: Path, how: str) -> None:
         next((checkpoint / "state").glob("*.distcp")).unlink()
 
 
-@pytest.mark.parametrize("how", ["half-written", "flipped byte", "missing file"])
+@pytest.mark.parametrize("how", ["gone", "half-written", "flipped byte", "missing file"])
 def test_a_damaged_newest_checkpoint_falls_back_and_names_both(
     base: Path, tmp_path: Path, how: str
 ) -> None:
@@ -215,6 +218,9 @@ def test_runs_that_would_overwrite_or_cannot_resume_are_refused(base: Path, tmp_
     assert "pass --resume" in run_ranks(1, refused, cfg)[0]
     none = config(base, tmp_path / "none", **{"train.resume": "must"})
     assert "holds no whole checkpoint" in run_ranks(2, refused, none)[1]
+    bare = config(base, tmp_path / "bare", **{"train.steps": 1})
+    run_ranks(1, train_all, [bare])
+    assert "metrics of another run" in run_ranks(1, refused, bare)[0]
     weights = config(base, tmp_path / "none", **{"train.resume": base / "megatron"})
     assert "model.load" in run_ranks(1, refused, weights)[0]
 
@@ -326,6 +332,33 @@ def test_checkpoints_after_a_fallback(base: Path, tmp_path: Path) -> None:
     ]
     assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000005\n"
     assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5]
+
+
+def test_a_base_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:
+    """Another architecture on resume, and weights with a flipped byte."""
+    run_dir, other, flipped = tmp_path / "run", tmp_path / "other", tmp_path / "flipped"
+    run_ranks(1, train_all, [config(base, run_dir, **{"train.steps": 1, "train.save_every": 1})])
+    for copy in (other, flipped):
+        shutil.copytree(base / "megatron", copy)
+    damage(flipped, "flipped byte")
+    manifest = json.loads((other / "megatron_deft.json").read_text())
+    manifest["spec"]["tied_embeddings"] = True
+    (other / "megatron_deft.json").write_text(json.dumps(manifest))
+    resumed = config(base, run_dir, **{"train.resume": "must", "model.load": other})
+    assert "another architecture" in run_ranks(1, refused, resumed)[0]
+    damaged = config(base, tmp_path / "new", **{"model.load": flipped})
+    for message in run_ranks(2, refused, damaged):
+        assert "does not match its blake2b checksum" in message
+
+
+def test_an_objective_that_keeps_nothing_says_so(base: Path, tmp_path: Path) -> None:
+    cfg = config(base, tmp_path / "run", objective="onlytopp(t=0.99)", **{"train.steps": 2})
+    said = run_ranks(1, train_and_hear, cfg)[0]
+    assert said.count("keeps no token at all") == 1
+    line = metrics(tmp_path / "run")[0]
+    assert line["kept_tokens"] == 0
+    assert line["ce"] is None
+    assert {"loss", "ce"} <= set(line["nonfinite"])
 
 
 def test_what_changed_since_the_checkpoint_is_used_and_named(base: Path, tmp_path: Path) -> None:
