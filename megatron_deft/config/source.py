@@ -59,11 +59,13 @@ for _tag, _pattern, _first in _RESOLVERS:
     for _class in (Loader, Dumper):
         _class.add_implicit_resolver(_tag, re.compile(rf"(?:{_pattern})\Z"), _first)
 
-Loader.add_constructor(
-    # SafeLoader reads 010 as octal 8 and refuses 08; both are plain decimals in YAML 1.2.
-    "tag:yaml.org,2002:int",
-    lambda loader, node: int(loader.construct_scalar(node)),
-)
+
+def _decimal(loader: Any, node: Any) -> int:
+    """SafeLoader reads 010 as octal 8 and refuses 08; both are plain decimals in YAML 1.2."""
+    return int(loader.construct_scalar(node))
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _decimal)
 
 
 def _one_line(error: yaml.YAMLError) -> str:
