@@ -40,15 +40,23 @@ if torch.version.cuda is not None and not HAS_TOOLKIT:
 
 def extension() -> CppExtension:
     """The one extension module, with or without its CUDA sources."""
-    sources = ["csrc/bindings.cpp", "csrc/cpu/ops.cpp"]
-    cxx = ["-O3", "-std=c++20"]
+    sources = ["csrc/bindings.cpp", *map(str, sorted(Path("csrc/cpu").glob("*.cpp")))]
+    # torch's own threads run the loops; Apple's compiler has no OpenMP, where one thread does
+    openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
+    cxx = ["-O3", "-std=c++20", *openmp]
     if not WITH_CUDA:
-        return CppExtension("megatron_deft._C", sources, extra_compile_args={"cxx": cxx})
+        return CppExtension(
+            "megatron_deft._C",
+            sources,
+            extra_compile_args={"cxx": cxx},
+            extra_link_args=openmp,
+        )
     sources += ["csrc/cuda/ops.cpp", *map(str, sorted(Path("csrc/cuda").glob("*.cu")))]
     return CUDAExtension(
         "megatron_deft._C",
         sources,
         define_macros=[("MDEFT_WITH_CUDA", None)],
+        extra_link_args=openmp,
         extra_compile_args={"cxx": cxx, "nvcc": ["-O3", "-std=c++20", "--expt-relaxed-constexpr"]},
     )
 

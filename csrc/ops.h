@@ -6,6 +6,7 @@
 #include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
+#include "gate.h"
 #include "vocab_loss.h"
 
 namespace megatron_deft {
@@ -86,15 +87,37 @@ inline Gradient gradient_of_rows(const Rows& rows, const at::Tensor& row_max,
           per_row(scale, n, "scale"), per_row(target_grad, n, "target_grad")};
 }
 
+// The numbers in the order of megatron_deft.objectives.Gate.
+inline Gate gate_of(at::ArrayRef<double> numbers) {
+  TORCH_CHECK_VALUE(numbers.size() == 8, "gate: expected the 8 numbers of objectives.Gate, got ",
+                    numbers.size());
+  const auto number = [&](int i) { return static_cast<float>(numbers[i]); };
+  const auto exponent_of = static_cast<int64_t>(numbers[0]);
+  const auto topk = static_cast<int64_t>(numbers[7]);
+  TORCH_CHECK_VALUE(exponent_of >= 0 && exponent_of <= 2, "gate: expected exponent_of 0 to 2, got ",
+                    exponent_of);
+  return {static_cast<Exponent>(exponent_of), number(1), number(2), number(3), number(4), number(5),
+          number(6), topk};
+}
+
+inline void check_topk(int64_t topk) {
+  TORCH_CHECK_VALUE(topk >= 0 && topk <= kMaxTopk, "topk: expected 0 to ", kMaxTopk, ", got ",
+                    topk);
+}
+
+// Each returns or fills what its schema in bindings.cpp says; `out` may be the logits.
 #define MDEFT_DECLARE_OPS                                                                         \
   at::Tensor row_stats(const at::Tensor& logits, const at::Tensor& labels, int64_t vocab_start,   \
-                       int64_t vocab_valid, int64_t ignore_index);                                \
-  at::Tensor row_topk(const at::Tensor& logits, const at::Tensor& labels, int64_t k,              \
-                      int64_t vocab_valid, int64_t ignore_index);                                 \
+                       int64_t vocab_valid, int64_t ignore_index, int64_t topk);                  \
   void gate_grad_out(const at::Tensor& logits, const at::Tensor& labels,                          \
                      const at::Tensor& row_max, const at::Tensor& scale,                          \
                      const at::Tensor& target_grad, int64_t vocab_start, int64_t vocab_valid,     \
-                     int64_t ignore_index, const at::Tensor& out);
+                     int64_t ignore_index, const at::Tensor& out);                                \
+  at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels,               \
+                                at::ArrayRef<double> gate, int64_t vocab_valid,                   \
+                                int64_t ignore_index, const at::Tensor& out);                     \
+  void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& factor,          \
+                   int64_t ignore_index);
 
 namespace cpu {
 MDEFT_DECLARE_OPS

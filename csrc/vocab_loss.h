@@ -2,10 +2,13 @@
 //
 // A row is the logits of one token over this rank's slice of the vocabulary. Two kernels serve every
 // objective:
-//   row_stats  logits -> (m, S1, S2, Sh, z_y)      one read
-//   gate_grad  logits -> coeff * (p_i - 1[i = y])  one read, one write
+//   row_stats       logits -> (m, S1, S2, Sh, z_y, top k)   one read
+//   gate_grad       logits -> coeff * (p_i - 1[i = y])      one read, one write
+// and where the vocabulary is whole and the upstream gradient known, one alone:
+//   row_stats_grad  logits -> both, the row staying on chip  one read, one write
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -17,6 +20,7 @@
 namespace megatron_deft {
 
 constexpr int kStats = 5;  // m, S1, S2, Sh, z_y
+constexpr int64_t kMaxTopk = 32;
 
 // One shard of logits and its labels.
 //   logits: [rows, columns] with unit column stride and `row_stride` elements between rows
@@ -55,12 +59,11 @@ struct Sums {
 
 // The sums of the union of two parts. Every shape of reduction (thread, warp, block, tensor-parallel
 // rank) is built from this one function, so that they cannot disagree.
-template <typename Exp>
-MDEFT_HOST_DEVICE Sums merge(const Sums& a, const Sums& b, Exp exp_of) {
+MDEFT_HOST_DEVICE Sums merge(const Sums& a, const Sums& b) {
   if (a.s1 == 0.0f) return b;  // an empty part has m = -inf; -inf - -inf would be nan
   if (b.s1 == 0.0f) return a;
   const float m = a.m > b.m ? a.m : b.m;
-  const float fa = exp_of(a.m - m), fb = exp_of(b.m - m);
+  const float fa = expf(a.m - m), fb = expf(b.m - m);
   Sums out;
   out.m = m;
   out.s1 = fa * a.s1 + fb * b.s1;

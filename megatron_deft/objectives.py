@@ -59,6 +59,25 @@ def _shortest(value: float | str) -> str:
     return str(value).removesuffix(".0")
 
 
+class Gate(NamedTuple):
+    """A gate in numbers, for the kernel that makes the gradient while it holds the row.
+
+    gate = [low <= p <= high] * a / (a + eps) * p^a * (H / entropy_scale)^entropy_power, where a is
+    `exponent` (exponent_of 0), the collision probability (1) or Cayley's function of p without a
+    floor (2), and H the entropy of the `topk` largest probabilities, or of all for topk 0.
+    csrc/gate.h evaluates it.
+    """
+
+    exponent_of: int = 0
+    exponent: float = 0.0
+    eps: float = 0.0
+    low: float = -math.inf
+    high: float = math.inf
+    entropy_power: float = 0.0
+    entropy_scale: float = 1.0
+    topk: int = 0
+
+
 class Terms(NamedTuple):
     """Per-token loss and gate, fp32, and the tokens the objective keeps (None: all), bool."""
 
@@ -124,6 +143,12 @@ def _cayley(s: Statistics, floor: str, eps: float) -> Terms:
     return _q_log(s.logp, a.clamp(1e-3, 1.0), eps)
 
 
+def _eaft_numbers(vocab_size: int, power: float, entropy: str) -> Gate:
+    if entropy == "topk20":
+        return Gate(entropy_power=power, entropy_scale=TOPK_ENTROPY_SCALE, topk=20)
+    return Gate(entropy_power=power, entropy_scale=max(math.log(vocab_size), 1e-30))
+
+
 def _threshold(s: Statistics, t: float, base: Callable[[Statistics], Terms], top: bool) -> Terms:
     loss, gate, _ = base(s)
     return Terms(loss, gate, s.p >= t if top else s.p <= t)
@@ -141,7 +166,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table: the function, its parameters, the other spellings, formula and source."""
+    """A row of the table: the function, its parameters, the other spellings, formula and source.
+
+    numbers: the gate in numbers, or None where it depends on more than the token's own row
+    """
 
     function: Callable[..., Terms]
     formula: str
@@ -149,6 +177,7 @@ class Family:
     source: str
     aliases: tuple[str, ...] = ()
     parameters: Mapping[str, Parameter] = field(default_factory=dict)
+    numbers: Callable[..., Gate | None] = lambda *_: None  # of vocab_size and the parameters
 
 
 @dataclass(frozen=True)
@@ -179,6 +208,10 @@ class Objective:
         floor = dict(self.values).get("floor", "0")
         return None if floor == "0" else str(floor)
 
+    def gate(self, vocab_size: int) -> Gate | None:
+        """The gate in numbers; None where it needs a mean over the batch."""
+        return OBJECTIVES[self.name].numbers(vocab_size, **dict(self.values))
+
     def __call__(self, statistics: Statistics) -> tuple[Tensor, Tensor, Tensor]:
         """Per-token loss and gate (both 0 outside kept tokens) and the kept tokens."""
         loss, gate, keep = OBJECTIVES[self.name].function(statistics, **dict(self.values))
@@ -201,34 +234,38 @@ def _choice(*names: str) -> Parameter:
 
 
 OBJECTIVES: dict[str, Family] = {
-    "nll": Family(_nll, "-l", "1", "cross-entropy", ("original", "logp", "sft")),
-    "p": Family(partial(_tsallis, q=1.0), "1 - p", "p", "arXiv 2510.00526"),
+    "nll": Family(_nll, "-l", "1", "cross-entropy", ("original", "logp", "sft"),
+        numbers=lambda _: Gate()),
+    "p": Family(partial(_tsallis, q=1.0), "1 - p", "p", "arXiv 2510.00526",
+        numbers=lambda _: Gate(exponent=1.0)),
     "tsallis": Family(
         _tsallis, "(1 - p^q)/q", "p^q", "arXiv 2510.00526, 2602.11424",
-        ("generalfamily",), {"q": _FINITE}),
+        ("generalfamily",), {"q": _FINITE}, lambda _, q: Gate(exponent=q)),
     "onlytopp": Family(
         partial(_threshold, base=partial(_tsallis, q=1.0), top=True), "1 - p where p >= t", "p",
-        "arXiv 2510.00526 code", (), {"t": _TOP}),
+        "arXiv 2510.00526 code", (), {"t": _TOP}, lambda _, t: Gate(exponent=1.0, low=t)),
     "onlybottomp": Family(
         partial(_threshold, base=partial(_tsallis, q=1.0), top=False), "1 - p where p <= t", "p",
-        "arXiv 2510.00526 code", (), {"t": _BOTTOM}),
+        "arXiv 2510.00526 code", (), {"t": _BOTTOM}, lambda _, t: Gate(exponent=1.0, high=t)),
     "onlytoplogp": Family(
         partial(_threshold, base=_nll, top=True), "-l where p >= t", "1",
-        "arXiv 2510.00526 code", (), {"t": _TOP}),
+        "arXiv 2510.00526 code", (), {"t": _TOP}, lambda _, t: Gate(low=t)),
     "onlybottomlogp": Family(
         partial(_threshold, base=_nll, top=False), "-l where p <= t", "1",
-        "arXiv 2510.00526 code", (), {"t": _BOTTOM}),
-    "dft": Family(_dft, "-sg(p) * l", "p", "arXiv 2508.05629"),
+        "arXiv 2510.00526 code", (), {"t": _BOTTOM}, lambda _, t: Gate(high=t)),
+    "dft": Family(_dft, "-sg(p) * l", "p", "arXiv 2508.05629",
+        numbers=lambda _: Gate(exponent=1.0)),
     "eaft": Family(
         _eaft, "-sg(w) * l, w = (H_top20/3)^power or (H/ln V)^power", "w", "arXiv 2601.02151",
-        (), {"power": _POSITIVE, "entropy": _choice("topk20", "exact")}),
+        (), {"power": _POSITIVE, "entropy": _choice("topk20", "exact")}, _eaft_numbers),
     "cayley": Family(
         _cayley, "-expm1(a*l)/(a + eps), a = clamp(f + (1-f)*p/(2-p)), f = mean(p)/2",
         "a/(a + eps) * p^a", "arXiv 2602.11424", ("cayley_trans",),
-        {"floor": _choice("micro_batch", "data_parallel", "0"), "eps": _eps(1e-8)}),
+        {"floor": _choice("micro_batch", "data_parallel", "0"), "eps": _eps(1e-8)},
+        lambda _, floor, eps: Gate(exponent_of=2, eps=eps) if floor == "0" else None),
     "deft": Family(
         _deft, "-expm1(a*l)/(a + eps), a = sg(sum p_i^2)", "a/(a + eps) * p^a",
-        "arXiv 2602.11424", (), {"eps": _eps(1e-6)}),
+        "arXiv 2602.11424", (), {"eps": _eps(1e-6)}, lambda _, eps: Gate(exponent_of=1, eps=eps)),
 }  # fmt: skip
 """Every objective, `l` = log p. `deft`'s default eps is the released code's; with a near-uniform
 152k vocabulary (a = 6.6e-6) it costs 13% of the gate: `deft(eps=0)` is the paper's formula."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from megatron_deft.errors import UserError
+from megatron_deft.loss.inputs import obstacle_to_single_read
 from megatron_deft.loss.vocab_parallel import TokenStatistics, token_loss
 from megatron_deft.objectives import Objective, parse
 
@@ -48,6 +49,7 @@ def attach(
     vocab_size: int,
     ignore_index: int = -100,
     inplace_backward: bool = True,
+    grad_in_forward: bool | None = None,
 ) -> Attachment:
     """Make a megatron-core model train with `objective` instead of cross-entropy.
 
@@ -57,6 +59,10 @@ def attach(
     vocab_size:       real vocabulary entries, without Megatron's padding
     ignore_index:     label of tokens that are not trained
     inplace_backward: write the gradient over the logits, which nothing else in megatron-core needs
+    grad_in_forward:  make the gradient together with the loss, from a single read of the logits
+                      (see `token_loss`). None: where that is possible and pays, which is when the
+                      model's config says calculate_per_token_loss, so that the upstream gradient
+                      is 1
 
     The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label
     is ignored; inference and labels=None are unchanged. Attaching again replaces the objective.
@@ -83,14 +89,19 @@ def attach(
             )
         for module in found:
             module.compute_language_model_loss = MethodType(  # type: ignore[assignment]
-                _hook(attachment, vocab_size, ignore_index, inplace_backward), module
+                _hook(attachment, vocab_size, ignore_index, inplace_backward, grad_in_forward),
+                module,
             )
             attachment._modules.append(module)
     return attachment
 
 
 def _hook(
-    attachment: Attachment, vocab_size: int, ignore_index: int, inplace_backward: bool
+    attachment: Attachment,
+    vocab_size: int,
+    ignore_index: int,
+    inplace_backward: bool,
+    grad_in_forward: bool | None,
 ) -> Any:
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s], logits [s, b, V_local] -> loss [b, s] fp32."""
@@ -102,6 +113,11 @@ def _hook(
                 f"{group.size()} tensor-parallel ranks, got {logits.shape[-1]}; build the model "
                 "with parallel_output=True"
             )
+        pays = (
+            inplace_backward
+            and _has_unit_upstream(self)
+            and not obstacle_to_single_read(attachment.objective, group.size() == 1, logits.dtype)
+        )
         loss, statistics = token_loss(
             logits,
             labels.transpose(0, 1),
@@ -110,6 +126,7 @@ def _hook(
             vocab_size=vocab_size,
             ignore_index=ignore_index,
             inplace_backward=inplace_backward,
+            grad_in_forward=pays if grad_in_forward is None else grad_in_forward,
             batch_group=_batch_group(attachment.objective),
             return_stats=True,
         )
@@ -128,6 +145,12 @@ def _tensor_group(module: Any) -> ProcessGroup:
     from megatron.core import parallel_state
 
     return parallel_state.get_tensor_model_parallel_group()
+
+
+def _has_unit_upstream(module: Any) -> bool:
+    """Whether megatron-core sums the losses, and does not scale them as it does MTP heads'."""
+    config = module.config
+    return bool(config.calculate_per_token_loss) and not getattr(config, "mtp_num_layers", None)
 
 
 def _batch_group(objective: Objective) -> ProcessGroup | None:

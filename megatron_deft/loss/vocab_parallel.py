@@ -3,6 +3,9 @@
 From logits to gradient, in order: the statistics of this rank's shard (one read of the logits), one
 all-gather of 5 floats per token, the merge that every rank does alike, the objective on O(N)
 floats, and in the backward the gradient `gate * (p_i - 1[i = y])` (one read, one write).
+
+With `grad_in_forward` the gradient is made together with the statistics while a row is on chip (one
+read, one write in all), and the backward only multiplies the rows whose upstream is not 1.
 """
 
 from dataclasses import dataclass
@@ -14,10 +17,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_deft import ops
-from megatron_deft.errors import UserError
-from megatron_deft.objectives import Objective, Statistics, parse
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from megatron_deft.loss.inputs import (
+    Shard,
+    check_batch_group,
+    check_labels,
+    check_tensors,
+    gate_of,
+    shard_of,
+)
+from megatron_deft.objectives import Gate, Objective, Statistics, parse
 
 
 @dataclass(frozen=True)
@@ -38,17 +46,6 @@ class TokenStatistics:
     entropy: Tensor
     is_argmax: Tensor
     valid: Tensor
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """Which slice of the vocabulary the logits are, and where the other slices live."""
-
-    start: int
-    valid: int
-    vocab_size: int
-    ignore_index: int
-    group: dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
@@ -131,15 +128,20 @@ class _TokenLoss(torch.autograd.Function):
         logits: Tensor,
         labels: Tensor,
         objective: Objective,
-        shard: _Shard,
+        shard: Shard,
         batch_group: dist.ProcessGroup | None,
-        inplace_backward: bool,
+        inplace: bool,
+        gate_in_forward: Gate | None,
     ) -> tuple[Tensor, ...]:
         flat_valid = (labels != shard.ignore_index).reshape(-1)
-        local = ops.row_stats(logits, labels, shard.start, shard.valid, shard.ignore_index)
-        if objective.topk:
-            top = ops.row_topk(logits, labels, objective.topk, shard.valid, shard.ignore_index)
-            local = torch.cat([local, top])
+        if gate_in_forward is None:
+            local = ops.row_stats(
+                logits, labels, shard.start, shard.valid, shard.ignore_index, objective.topk
+            )
+        else:
+            local, grad = ops.row_stats_grad(
+                logits, labels, gate_in_forward, shard.valid, shard.ignore_index, inplace=inplace
+            )
         # the softmax is over the whole vocabulary, of which every rank has reduced its slice
         merged = merge(all_gather(local, shard.group), flat_valid)
         p = merged.logp.exp().masked_fill(~flat_valid, 0.0)
@@ -156,9 +158,12 @@ class _TokenLoss(torch.autograd.Function):
                 vocab_size=shard.vocab_size,
             )
         )
-        ctx.save_for_backward(logits, labels, merged.row_max, merged.sum_exp, merged.logp, gate)
-        ctx.shard = shard
-        ctx.inplace = inplace_backward
+        if gate_in_forward is None:
+            ctx.save_for_backward(logits, labels, merged.row_max, merged.sum_exp, merged.logp, gate)
+        else:
+            ctx.save_for_backward(grad, labels)
+        ctx.shard, ctx.inplace = shard, inplace
+        ctx.is_grad_made = gate_in_forward is not None
         per_token = (loss, gate, keep, merged.logp, p, merged.collision, merged.entropy)
         outputs = tuple(t.reshape(labels.shape) for t in (*per_token, merged.is_argmax))
         ctx.mark_non_differentiable(*outputs[1:])
@@ -167,9 +172,14 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        shard: Shard = ctx.shard
+        upstream = grad_loss.reshape(-1).float()
+        if ctx.is_grad_made:
+            grad, labels = ctx.saved_tensors
+            ops.scale_rows_(grad, labels, upstream, shard.ignore_index)
+            return grad, *(None,) * 6
         logits, labels, row_max, sum_exp, logp, gate = ctx.saved_tensors
-        shard: _Shard = ctx.shard
-        coeff = grad_loss.reshape(-1).float() * gate
+        coeff = upstream * gate
         grad = ops.gate_grad(
             logits,
             labels,
@@ -181,7 +191,7 @@ class _TokenLoss(torch.autograd.Function):
             shard.ignore_index,
             inplace=ctx.inplace,
         )
-        return grad, None, None, None, None, None
+        return grad, *(None,) * 6
 
 
 @overload
@@ -194,6 +204,7 @@ def token_loss(
     vocab_size: int | None = ...,
     ignore_index: int = ...,
     inplace_backward: bool = ...,
+    grad_in_forward: bool = ...,
     batch_group: dist.ProcessGroup | None = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
@@ -207,6 +218,7 @@ def token_loss(
     vocab_size: int | None = ...,
     ignore_index: int = ...,
     inplace_backward: bool = ...,
+    grad_in_forward: bool = ...,
     batch_group: dist.ProcessGroup | None = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, TokenStatistics]: ...
@@ -219,6 +231,7 @@ def token_loss(
     vocab_size: int | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    grad_in_forward: bool = False,
     batch_group: dist.ProcessGroup | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
@@ -236,139 +249,35 @@ def token_loss(
     inplace_backward: the gradient is written over the logits, which are gone after backward(): no
                       memory beyond the logits. A second backward, or another use of the logits in
                       the graph that needs their values, is an error of autograd.
+    grad_in_forward:  make the gradient together with the loss, from a single read of the logits,
+                      for an upstream gradient of 1 per token; the backward multiplies the rows
+                      whose upstream is another (and rounds them once more). With inplace_backward
+                      the logits are gone after the forward. Pays where the loss is summed, as under
+                      megatron-core's calculate_per_token_loss; costs where it is averaged. Refused
+                      with a split vocabulary, a batch mean (cayley) or fp16 logits. Without a
+                      gradient to make (no_grad) it changes nothing.
     batch_group:      ranks whose tokens share the batch mean that `cayley` needs
     return_stats:     return (loss, TokenStatistics)
 
     returns: fp32 loss of the labels' shape, 0 where a label is ignored or the objective drops the
     token. Its gradient accepts any per-token upstream; a second derivative is an error.
     Errors: UserError (a ValueError) naming what was expected, what was given and the mend. A label
-    out of range is one on the CPU; on CUDA it is a device-side assertion, which needs no
-    synchronisation but ends the process.
+    out of range is one on the CPU; on CUDA, where asking would stop the stream, its loss is nan and
+    `loss.inputs.raise_on_wrong_labels()` raises it at the next convenient moment.
     Formulas: `megatron-deft objectives`; DEFT: arXiv 2602.11424.
     """
     objective = parse(objective)
-    logits, labels = _check_tensors(logits, labels, inplace_backward)
-    shard = _shard(logits, group, vocab_size, ignore_index)
-    _check_labels(labels, shard)
-    _check_batch_group(objective, batch_group)
-    loss, *rest = _TokenLoss.apply(logits, labels, objective, shard, batch_group, inplace_backward)
+    logits, labels = check_tensors(logits, labels, inplace_backward)
+    shard = shard_of(logits, group, vocab_size, ignore_index)
+    wrong = check_labels(labels, shard)
+    check_batch_group(objective, batch_group)
+    gate = gate_of(objective, shard, logits, grad_in_forward)
+    loss, *rest = _TokenLoss.apply(
+        logits, labels, objective, shard, batch_group, inplace_backward, gate
+    )
+    if wrong is not None:
+        loss = loss.masked_fill(wrong, torch.nan)
     if not return_stats:
         return loss
-    valid = labels != ignore_index
-    fields = (loss.detach(), *rest, valid)
+    fields = (loss.detach(), *rest, labels != ignore_index)
     return loss, TokenStatistics(*fields)
-
-
-def _check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tuple[Tensor, Tensor]:
-    """The tensors as the kernels read them: int64 labels, one stride from row to row."""
-    if logits.dtype not in DTYPES:
-        raise UserError(
-            f"logits: expected one of {', '.join(str(d) for d in DTYPES)}, got {logits.dtype}; "
-            "convert them with .float()"
-        )
-    if logits.shape[:-1] != labels.shape or logits.dim() == 0:
-        raise UserError(
-            f"labels: expected shape {list(logits.shape[:-1])} (the logits' without the last "
-            f"dimension), got {list(labels.shape)}"
-        )
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise UserError(f"labels: expected int64 or int32, got {labels.dtype}; call .long()")
-    if labels.device != logits.device:
-        raise UserError(f"labels: expected device {logits.device}, got {labels.device}")
-    if not _rows_are_regular(logits):
-        if inplace_backward:
-            raise UserError(
-                f"inplace_backward needs logits whose rows are one stride apart, got shape "
-                f"{list(logits.shape)} with strides {list(logits.stride())}; "
-                "call .contiguous() or leave inplace_backward out"
-            )
-        logits = logits.contiguous()
-    return logits, labels.long()
-
-
-def _rows_are_regular(logits: Tensor) -> bool:
-    """Whether the rows [..., V] can be walked with one stride and do not overlap."""
-    if logits.numel() == 0 or logits.is_contiguous():
-        return True
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
-        return False
-    expected = None
-    for dim in range(logits.dim() - 2, -1, -1):
-        size, stride = logits.shape[dim], logits.stride(dim)
-        if size == 1:
-            continue
-        if expected is None and stride < logits.shape[-1]:
-            return False  # expanded or overlapping rows
-        if expected is not None and stride != expected:
-            return False
-        expected = size * stride
-    return True
-
-
-def _shard(
-    logits: Tensor, group: dist.ProcessGroup | None, vocab_size: int | None, ignore_index: int
-) -> _Shard:
-    """Where this rank's columns lie in the vocabulary."""
-    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-    if rank < 0:
-        raise UserError("group: this process is not a member of the given process group")
-    columns = logits.shape[-1]
-    vocab_size = columns * ranks if vocab_size is None else vocab_size
-    if ranks > 1:
-        _check_equal_shards(columns, vocab_size, group)
-    if not 0 < vocab_size <= columns * ranks:
-        raise UserError(
-            f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "
-            f"got {vocab_size}"
-        )
-    start = rank * columns
-    return _Shard(start, min(max(vocab_size - start, 0), columns), vocab_size, ignore_index, group)
-
-
-_equal_shards: set[tuple[dist.ProcessGroup | None, int, int]] = set()
-
-
-def _check_equal_shards(columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> None:
-    """All ranks hold as many columns; asked once per group and size, so a step costs nothing.
-
-    Before any check that one rank alone could fail: the others would wait in the all-gather.
-    """
-    key = (group, columns, vocab_size)
-    if key in _equal_shards:
-        return
-    sizes: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, (columns, vocab_size), group=group)
-    if len(set(sizes)) > 1:
-        raise UserError(
-            f"logits: expected the same number of columns and vocab_size on every rank of group, "
-            f"got {sizes}; pad the vocabulary so that the ranks divide it"
-        )
-    _equal_shards.add(key)
-
-
-def _check_labels(labels: Tensor, shard: _Shard) -> None:
-    """Every label is in the vocabulary or ignored; on CUDA without stopping the stream."""
-    legal = ((labels >= 0) & (labels < shard.vocab_size)) | (labels == shard.ignore_index)
-    what = (
-        f"labels: expected 0 to {shard.vocab_size - 1} (vocab_size {shard.vocab_size}) or "
-        f"ignore_index {shard.ignore_index}"
-    )
-    if labels.is_cuda:
-        torch._assert_async(legal.all(), what)
-    elif not bool(legal.all()):
-        wrong = labels[~legal][0].item()
-        raise UserError(
-            f"{what}, got {wrong}; check that tokenizer and model share one vocabulary, and that "
-            "ignored tokens use ignore_index"
-        )
-
-
-def _check_batch_group(objective: Objective, batch_group: dist.ProcessGroup | None) -> None:
-    """The data-parallel mean needs to be told which ranks it is over."""
-    if objective.batch_mean != "data_parallel" or batch_group is not None:
-        return
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise UserError(
-            f"objective {objective.spec} takes the mean of p over the data-parallel ranks: pass "
-            "their process group as batch_group, or use cayley(floor=micro_batch)"
-        )

@@ -7,6 +7,7 @@ differ.
 
 import os
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from types import ModuleType
 
@@ -35,22 +36,22 @@ def _choose(device_type: str, mode: str) -> ModuleType:
 
 
 def implementation(device: torch.device) -> ModuleType:
-    """The module whose row_stats, row_topk, gate_grad and gate_grad_ serve tensors on `device`."""
+    """The module whose operators serve tensors on `device`."""
     return _choose(device.type, os.environ.get("MEGATRON_DEFT_OPS", "auto"))
 
 
 def row_stats(
-    logits: Tensor, labels: Tensor, vocab_start: int, vocab_valid: int, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    vocab_valid: int,
+    ignore_index: int,
+    topk: int = 0,
 ) -> Tensor:
     """See `reference.row_stats`."""
     return implementation(logits.device).row_stats(
-        logits, labels, vocab_start, vocab_valid, ignore_index
+        logits, labels, vocab_start, vocab_valid, ignore_index, topk
     )
-
-
-def row_topk(logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int) -> Tensor:
-    """See `reference.row_topk`."""
-    return implementation(logits.device).row_topk(logits, labels, k, vocab_valid, ignore_index)
 
 
 def gate_grad(
@@ -71,7 +72,38 @@ def gate_grad(
     if not inplace:
         return ops.gate_grad(logits, *arguments)
     ops.gate_grad_(logits, *arguments)
-    # Operators registered from C++ do not count their writes: without this a second backward, or
-    # another operator that saved the logits, would read the gradient as if it were logits.
-    torch.autograd.graph.increment_version(logits)
+    _count_the_write(logits)
     return logits
+
+
+def row_stats_grad(
+    logits: Tensor,
+    labels: Tensor,
+    gate: Sequence[float],
+    vocab_valid: int,
+    ignore_index: int,
+    *,
+    inplace: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `reference.row_stats_grad`; with `inplace` the gradient is `logits` itself."""
+    ops = implementation(logits.device)
+    if not inplace:
+        return ops.row_stats_grad(logits, labels, gate, vocab_valid, ignore_index)
+    stats = ops.row_stats_grad_(logits, labels, gate, vocab_valid, ignore_index)
+    _count_the_write(logits)
+    return stats, logits
+
+
+def scale_rows_(grad: Tensor, labels: Tensor, factor: Tensor, ignore_index: int) -> None:
+    """See `reference.scale_rows_`."""
+    implementation(grad.device).scale_rows_(grad, labels, factor, ignore_index)
+    _count_the_write(grad)
+
+
+def _count_the_write(tensor: Tensor) -> None:
+    """Operators registered from C++ do not count their writes, and autograd would not see them.
+
+    Without this a second backward, or another operator that saved the logits, would read the
+    gradient as if it were logits.
+    """
+    torch.autograd.graph.increment_version(tensor)

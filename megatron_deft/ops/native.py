@@ -33,19 +33,22 @@ def missing(device_type: str) -> str:
 
 if _C is not None:
     row_stats = torch.ops.megatron_deft.row_stats
-    row_topk = torch.ops.megatron_deft.row_topk
     gate_grad = torch.ops.megatron_deft.gate_grad
     gate_grad_ = torch.ops.megatron_deft.gate_grad_
+    row_stats_grad = torch.ops.megatron_deft.row_stats_grad
+    row_stats_grad_ = torch.ops.megatron_deft.row_stats_grad_
+    scale_rows_ = torch.ops.megatron_deft.scale_rows_
 
     @torch.library.register_fake("megatron_deft::row_stats")
     def _(
-        logits: Tensor, labels: Tensor, vocab_start: int, vocab_valid: int, ignore_index: int
+        logits: Tensor,
+        labels: Tensor,
+        vocab_start: int,
+        vocab_valid: int,
+        ignore_index: int,
+        topk: int = 0,
     ) -> Tensor:
-        return logits.new_empty(5, labels.numel(), dtype=torch.float32)
-
-    @torch.library.register_fake("megatron_deft::row_topk")
-    def _(logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int) -> Tensor:
-        return logits.new_empty(k, labels.numel(), dtype=torch.float32)
+        return logits.new_empty(5 + topk, labels.numel(), dtype=torch.float32)
 
     @torch.library.register_fake("megatron_deft::gate_grad")
     def _(logits: Tensor, *rows: object) -> Tensor:
@@ -53,4 +56,21 @@ if _C is not None:
 
     @torch.library.register_fake("megatron_deft::gate_grad_")
     def _(logits: Tensor, *rows: object) -> None:
+        return None
+
+    @torch.library.register_fake("megatron_deft::row_stats_grad")
+    def _(
+        logits: Tensor, labels: Tensor, gate: list[float], vocab_valid: int, ignore_index: int
+    ) -> tuple[Tensor, Tensor]:
+        stats = logits.new_empty(5 + int(gate[7]), labels.numel(), dtype=torch.float32)
+        return stats, torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+    @torch.library.register_fake("megatron_deft::row_stats_grad_")
+    def _(
+        logits: Tensor, labels: Tensor, gate: list[float], vocab_valid: int, ignore_index: int
+    ) -> Tensor:
+        return logits.new_empty(5 + int(gate[7]), labels.numel(), dtype=torch.float32)
+
+    @torch.library.register_fake("megatron_deft::scale_rows_")
+    def _(grad: Tensor, labels: Tensor, factor: Tensor, ignore_index: int) -> None:
         return None

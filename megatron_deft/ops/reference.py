@@ -4,22 +4,32 @@ Used where the compiled extension has no kernel for a device, and by the tests a
 three witnesses (kernel, this twin, float64 oracle). It allocates fp32 copies of the logits.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
 def row_stats(
-    logits: Tensor, labels: Tensor, vocab_start: int, vocab_valid: int, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    vocab_start: int,
+    vocab_valid: int,
+    ignore_index: int,
+    topk: int = 0,
 ) -> Tensor:
-    """Reduce each row of a vocabulary shard to five numbers.
+    """Reduce each row of a vocabulary shard to five numbers and its `topk` largest logits.
 
     logits:      [..., V_local] fp32/bf16/fp16; columns >= vocab_valid are padding and are ignored
     labels:      [...] int64, global vocabulary indices or ignore_index
     vocab_start: global index of the shard's first column
     vocab_valid: number of real columns in this shard, 0 <= vocab_valid <= V_local
-    returns:     [5, N] fp32 with m = max z, S1 = sum e, S2 = sum e^2, Sh = sum e (z - m), where
-                 e = exp(z - m), and z_y (0 where another shard owns the target). An empty shard
-                 gives m = -inf and zeros, an ignored row zeros.
+    topk:        0 to 32
+    returns:     [5 + topk, N] fp32 with m = max z, S1 = sum e, S2 = sum e^2, Sh = sum e (z - m),
+                 where e = exp(z - m), and z_y (0 where another shard owns the target); then the
+                 largest logits, largest first, -inf where the shard has fewer real columns. An
+                 empty shard gives m = -inf and zeros, an ignored row zeros.
     """
     labels = labels.reshape(-1)
     z = logits.reshape(labels.numel(), -1)[:, :vocab_valid].float()
@@ -38,19 +48,10 @@ def row_stats(
         out = torch.stack(
             [m, e.sum(-1), e.square().sum(-1), (e * d).masked_fill(e == 0, 0.0).sum(-1), z_y]
         )
-    return out.masked_fill(labels == ignore_index, 0.0)
-
-
-def row_topk(logits: Tensor, labels: Tensor, k: int, vocab_valid: int, ignore_index: int) -> Tensor:
-    """The k largest logits of each row of a shard, largest first.
-
-    Same arguments as `row_stats`. Returns [k, N] fp32; -inf where the shard has fewer than k real
-    columns, 0 in ignored rows.
-    """
-    labels = labels.reshape(-1)
-    z = logits.reshape(labels.numel(), -1)[:, :vocab_valid]
-    top = z.float().topk(min(k, vocab_valid), dim=-1).values.t()
-    out = torch.nn.functional.pad(top, (0, 0, 0, k - top.shape[0]), value=-torch.inf)
+    if topk:
+        top = z.topk(min(topk, vocab_valid), dim=-1).values.t()
+        top = torch.nn.functional.pad(top, (0, 0, 0, topk - top.shape[0]), value=-torch.inf)
+        out = torch.cat([out, top])
     return out.masked_fill(labels == ignore_index, 0.0)
 
 
@@ -105,3 +106,75 @@ def gate_grad_(
             logits, labels, row_max, scale, target_grad, vocab_start, vocab_valid, ignore_index
         )
     )
+
+
+def _gate(numbers: Sequence[float], stats: Tensor) -> Tensor:
+    """The gate of each row [N] from its statistics [5 + topk, N] (see `objectives.Gate`)."""
+    exponent_of, exponent, eps, low, high, entropy_power, entropy_scale, _ = numbers
+    m, s1, s2, sh, z_y = stats[:5]
+    logp = z_y - m - s1.log()
+    p = logp.exp()
+    cayley = ((p - 1e-8) / (2.0 + 2e-8 - p)).clamp(1e-3, 1.0)
+    a = (torch.full_like(p, exponent), s2 / s1.square(), cayley)[int(exponent_of)]
+    gate = (a * logp).exp().masked_fill(a == 0, 1.0)
+    if eps > 0:
+        gate = gate * (a / (a + eps))
+    if entropy_power > 0:
+        logq = stats[5:].log_softmax(0)
+        top = -(logq.exp() * logq).masked_fill(logq == -torch.inf, 0.0).sum(0)
+        entropy = top if stats.shape[0] > 5 else s1.log() - sh / s1
+        gate = gate * (entropy.clamp(min=0.0) / entropy_scale) ** entropy_power
+    dropped = ((low > -math.inf) & ~(p >= low)) | ((high < math.inf) & ~(p <= high))
+    return gate.masked_fill(dropped, 0.0)
+
+
+def row_stats_grad(
+    logits: Tensor,
+    labels: Tensor,
+    gate: Sequence[float],
+    vocab_valid: int,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """Statistics and gradient of rows that hold the whole vocabulary, for an upstream of 1.
+
+    logits, labels, vocab_valid, ignore_index: as in `row_stats`
+    gate:    the eight numbers of `objectives.Gate`
+    returns: (`row_stats` with the gate's topk, `gate_grad` with coeff = the gate)
+    """
+    stats = row_stats(logits, labels, 0, vocab_valid, ignore_index, int(gate[7]))
+    logp = stats[4] - stats[0] - stats[1].log()
+    coeff = _gate(gate, stats)
+    grad = gate_grad(
+        logits,
+        labels,
+        stats[0],
+        coeff / stats[1],
+        coeff * logp.expm1(),
+        0,
+        vocab_valid,
+        ignore_index,
+    )
+    return stats, grad
+
+
+def row_stats_grad_(
+    logits: Tensor,
+    labels: Tensor,
+    gate: Sequence[float],
+    vocab_valid: int,
+    ignore_index: int,
+) -> Tensor:
+    """`row_stats_grad` with the gradient written over the logits; returns the statistics."""
+    stats, grad = row_stats_grad(logits, labels, gate, vocab_valid, ignore_index)
+    logits.copy_(grad)
+    return stats
+
+
+def scale_rows_(grad: Tensor, labels: Tensor, factor: Tensor, ignore_index: int) -> None:
+    """Multiply each row of `grad` [..., V] by its factor [N] fp32; ignored rows stay as they are.
+
+    A factor of 0 gives zeros, whatever the row holds.
+    """
+    factor = factor.masked_fill(labels.reshape(-1) == ignore_index, 1.0)
+    factor = factor.reshape(*grad.shape[:-1], 1)
+    grad.copy_((grad.float() * factor).masked_fill(factor == 0, 0.0))

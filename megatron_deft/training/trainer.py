@@ -23,6 +23,7 @@ from megatron_deft.data.sampler import Indices, Stream, full_pass, padded_length
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import Attachment, attach
+from megatron_deft.loss.inputs import raise_on_wrong_labels
 from megatron_deft.loss.reduction import reduce_loss
 from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
@@ -138,7 +139,13 @@ class Trainer:
             checkpointing.check(folder, "model.load")
             load_model(self.model, folder / "state")
         self.ddp = wrap_model(cfg, self.model)
-        self.attachment = attach(self.ddp, cfg.objective, vocab_size=spec.vocab_size)
+        self.attachment = attach(
+            self.ddp,
+            cfg.objective,
+            vocab_size=spec.vocab_size,
+            # the other reductions divide by a count first, and the upstream gradient is not 1
+            grad_in_forward=None if cfg.reduction == "token" else False,
+        )
         self.optimizer = build_optimizer(cfg, self.ddp)
         tcfg.finalize_model_grads_func = finalize_model_grads
         if cfg.parallel.overlap_grad_reduce:
@@ -241,6 +248,7 @@ class Trainer:
             if name == "loss" and metrics["kept_tokens"] == 0:
                 continue  # a mean of nothing
             if value != value or abs(value) == float("inf"):
+                raise_on_wrong_labels()
                 raise UserError(
                     f"step {step}: {name} is {value}; stopped before this step was saved: "
                     "lower optim.lr, look at the samples of this step, or train in fp32"

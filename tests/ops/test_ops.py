@@ -1,4 +1,4 @@
-"""The compiled operators against their plain twins."""
+"""The compiled operators against their plain twins, in each instruction set this processor has."""
 
 import math
 import os
@@ -10,10 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_deft.objectives import parse
 from megatron_deft.ops import native, reference
+from tests.oracle import SPECS
 
 pytestmark = pytest.mark.filterwarnings("error")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ULP = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+DEFT = parse("deft").gate(1000)
 
 
 def test_the_extension_is_built_and_chosen() -> None:
@@ -24,36 +28,68 @@ def test_the_extension_is_built_and_chosen() -> None:
 
 
 def inputs(
-    columns: int, valid: int, dtype: torch.dtype, start: int = 0
+    columns: int, valid: int, dtype: torch.dtype, start: int = 0, rows: int = 13
 ) -> tuple[Tensor, Tensor, int, int, int]:
     generator = torch.Generator().manual_seed(columns)
-    logits = (torch.randn(13, columns, generator=generator) * 5).to(dtype)
+    logits = (torch.randn(rows, columns, generator=generator) * 5).to(dtype)
     logits[:, valid:] = math.nan
-    labels = start + torch.randint(-3, columns + 3, (13,), generator=generator)
-    labels[4] = -100
+    labels = start + torch.randint(-3, columns + 3, (rows,), generator=generator)
+    labels[4 % rows] = -100
     return logits, labels, start, valid, -100
 
 
+# the last ones are cut into segments: several threads share a row
 SHAPES = [(1, 1), (2, 1), (31, 31), (33, 30), (512, 512), (513, 511), (5003, 5000), (8, 0)]
+SHAPES += [(32768, 32768), (70001, 69999)]
 
 
+@pytest.mark.parametrize("topk", [0, 1, 20, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("columns", "valid"), SHAPES)
-def test_row_stats(columns: int, valid: int, dtype: torch.dtype) -> None:
-    arguments = inputs(columns, valid, dtype, start=100)
+def test_row_stats(columns: int, valid: int, dtype: torch.dtype, topk: int) -> None:
+    arguments = (*inputs(columns, valid, dtype, start=100), topk)
     got, want = native.row_stats(*arguments), reference.row_stats(*arguments)
+    assert got.shape == (5 + topk, 13)
     assert torch.equal(got[0], want[0])
-    assert torch.equal(got[4], want[4])
+    assert torch.equal(got[4:], want[4:])
     torch.testing.assert_close(got[1:4], want[1:4], rtol=2e-6, atol=1e-6)
     assert bool((got[:, 4] == 0).all())
 
 
+@pytest.mark.parametrize("order", ["ascending", "descending", "equal", "two values", "minus inf"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("columns", "valid"), SHAPES)
-def test_row_topk(columns: int, valid: int, dtype: torch.dtype) -> None:
-    logits, labels, _, _, ignore = inputs(columns, valid, dtype)
-    got = native.row_topk(logits, labels, 20, valid, ignore)
-    assert torch.equal(got, reference.row_topk(logits, labels, 20, valid, ignore))
+def test_the_largest_in_any_order(order: str, dtype: torch.dtype) -> None:
+    z = {
+        "ascending": torch.linspace(-9, 9, 3000),
+        "descending": torch.linspace(9, -9, 3000),
+        "equal": torch.full((3000,), -2.5),
+        "two values": (torch.arange(3000) % 2).float(),
+        "minus inf": torch.full((3000,), -math.inf).index_fill(0, torch.tensor([7, 2999]), -3.0),
+    }[order]
+    arguments = (z.to(dtype)[None], torch.tensor([5]), 0, 3000, -100, 20)
+    assert torch.equal(native.row_stats(*arguments)[5:], reference.row_stats(*arguments)[5:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [-3.0, -1e4, 1e4])
+def test_all_logits_of_one_sign(dtype: torch.dtype, value: float) -> None:
+    """The bf16 maximum is found on integers, where negative numbers are ordered backwards."""
+    z = (value + torch.linspace(0, 1, 4001) * value / 10).to(dtype)[None]
+    arguments = (z, torch.tensor([5]), 0, 4001, -100)
+    got, want = native.row_stats(*arguments), reference.row_stats(*arguments)
+    assert got[0] == z.float().max()
+    torch.testing.assert_close(got, want, rtol=2e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", [0, 31, 2047, 2048, 2999])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_nan_is_never_lost(dtype: torch.dtype, at: int, sign: float) -> None:
+    for rest in (1.0, -math.inf):
+        z = torch.full((1, 3000), rest).to(dtype)
+        z[0, at] = math.copysign(math.nan, sign)
+        stats = native.row_stats(z, torch.tensor([5]), 0, 3000, -100)
+        assert bool(stats[1:4].isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,11 +101,64 @@ def test_gate_grad_writes_every_element(columns: int, valid: int, dtype: torch.d
     arguments = (labels, row_max, *rows, start, valid, ignore)
     want = reference.gate_grad(logits, *arguments)
     got = native.gate_grad(logits, *arguments)
-    ulp = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    torch.testing.assert_close(got, want, rtol=ulp, atol=1e-7)
+    torch.testing.assert_close(got, want, rtol=ULP[dtype], atol=1e-7)
     assert not got.isnan().any()
     native.gate_grad_(logits, *arguments)
     assert torch.equal(logits, got)
+
+
+@pytest.mark.parametrize("rows", [2, 13])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("columns", "valid"), [s for s in SHAPES if s[1]])
+def test_single_read_equals_two_passes(
+    columns: int, valid: int, dtype: torch.dtype, rows: int
+) -> None:
+    logits, labels, _, valid, ignore = inputs(columns, valid, dtype, rows=rows)
+    labels.masked_fill_(labels != ignore, valid - 1)
+    stats, grad = native.row_stats_grad(logits, labels, DEFT, valid, ignore)
+    assert torch.equal(stats, native.row_stats(logits, labels, 0, valid, ignore))
+    want_stats, want = reference.row_stats_grad(logits, labels, DEFT, valid, ignore)
+    torch.testing.assert_close(stats, want_stats, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(grad, want, rtol=4 * ULP[dtype], atol=1e-6)
+    in_place = native.row_stats_grad_(logits, labels, DEFT, valid, ignore)
+    assert torch.equal(in_place, stats)
+    assert torch.equal(logits, grad)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gates_in_numbers_are_the_objectives_gates(spec: str) -> None:
+    """csrc/gate.h, the plain twin and the objectives' own functions agree."""
+    from megatron_deft import token_loss
+
+    gate = parse(spec).gate(257)
+    if gate is None:
+        assert parse(spec).batch_mean
+        return
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(40, 257, generator=generator) * torch.linspace(0.01, 12, 40)[:, None]
+    labels = torch.where(torch.arange(40) % 2 == 0, logits.argmax(-1), torch.arange(40))
+    _, stats = token_loss(logits, labels, spec, return_stats=True)
+    off = ~torch.nn.functional.one_hot(labels, 257).bool()
+    for ops in (native, reference):
+        grad = ops.row_stats_grad(logits, labels, gate, 257, -100)[1]
+        measured = (grad * off).sum(-1) / (logits.softmax(-1) * off).sum(-1)
+        torch.testing.assert_close(measured, stats.gate, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ops", [native, reference])
+def test_scale_rows_touches_only_what_it_must(ops: Any, dtype: torch.dtype) -> None:
+    grad = torch.randn(6, 77).to(dtype)
+    grad[1] = math.nan  # ignored
+    grad[2] = math.inf  # factor 0
+    labels = torch.tensor([0, -100, 0, 0, 0, 0])
+    factor = torch.tensor([1.0, 3.0, 0.0, 0.3, -2.0, math.nan])
+    got = grad.clone()
+    ops.scale_rows_(got, labels, factor, -100)
+    torch.testing.assert_close(got[:2], grad[:2], rtol=0, atol=0, equal_nan=True)
+    assert bool((got[2] == 0).all())
+    assert torch.equal(got[3:5], (grad[3:5].float() * factor[3:5, None]).to(dtype))
+    assert bool(got[5].isnan().all())
 
 
 def test_exp_is_accurate_over_its_whole_range() -> None:
@@ -82,27 +171,51 @@ def test_exp_is_accurate_over_its_whole_range() -> None:
 
 
 def test_same_bits_from_run_to_run_and_for_any_number_of_threads() -> None:
-    arguments = inputs(5003, 5000, torch.bfloat16)
     threads = torch.get_num_threads()
     try:
-        results = []
-        for n in (1, 2, 1):
-            torch.set_num_threads(n)
-            results.append(native.row_stats(*arguments))
+        for rows in (2, 13):
+            arguments = inputs(70001, 70000, torch.bfloat16, rows=rows)
+            results = []
+            for n in (1, 2, 3, 1):
+                torch.set_num_threads(n)
+                results.append(native.row_stats(*arguments, 20))
+            assert all(torch.equal(results[0], other) for other in results)
     finally:
         torch.set_num_threads(threads)
-    assert all(torch.equal(results[0], other) for other in results)
 
 
-@pytest.mark.parametrize("op", ["row_stats", "gate_grad", "gate_grad_", "row_topk"])
+def test_torch_s_threads_are_used() -> None:
+    """The extension must share torch's OpenMP: a second one would not know set_num_threads."""
+    code = (
+        "import torch, os; from megatron_deft.ops import native;"
+        "torch.set_num_threads(3); z = torch.randn(64, 70000);"
+        "native.row_stats(z, torch.zeros(64).long(), 0, 70000, -100);"
+        "print(sum('gomp' in line for line in set(l.split()[-1] for l in open('/proc/self/maps'))),"
+        "len(os.listdir('/proc/self/task')))"
+    )
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    runtimes, threads = run({}, code).stdout.split()
+    assert int(runtimes) <= 1
+    assert int(threads) >= 3
+
+
+OPCHECK = ["row_stats", "gate_grad", "gate_grad_", "row_stats_grad", "row_stats_grad_"]
+
+
+@pytest.mark.parametrize("op", [*OPCHECK, "scale_rows_"])
 def test_opcheck(op: str) -> None:
     logits, labels, start, valid, ignore = inputs(33, 30, torch.float32)
     rows = [torch.rand(13) for _ in range(3)]
+    clean = logits.nan_to_num()
+    gate = list(parse("eaft").gate(30))
     arguments: dict[str, tuple[Any, ...]] = {
-        "row_stats": (logits, labels, start, valid, ignore),
-        "row_topk": (logits, labels, 20, valid, ignore),
+        "row_stats": (logits, labels, start, valid, ignore, 20),
         "gate_grad": (logits, labels, *rows, start, valid, ignore),
-        "gate_grad_": (logits.nan_to_num(), labels, *rows, start, valid, ignore),
+        "gate_grad_": (clean, labels, *rows, start, valid, ignore),
+        "row_stats_grad": (logits, labels, gate, valid, ignore),
+        "row_stats_grad_": (clean, labels, gate, valid, ignore),
+        "scale_rows_": (clean, labels, rows[0], ignore),
     }
     torch.library.opcheck(
         getattr(torch.ops.megatron_deft, op).default,
@@ -119,18 +232,25 @@ def test_opcheck(op: str) -> None:
         (TypeError, "int64", {"labels": torch.zeros(3).int()}),
         (ValueError, "0 to V_local = 4", {"valid": 5}),
         (ValueError, "stride 1", {"logits": torch.zeros(4, 3).t()}),
+        (ValueError, "topk: expected 0 to 32, got 33", {"topk": 33}),
     ],
 )
 def test_bad_input(error: type[Exception], named: str, change: dict[str, Any]) -> None:
-    given = {"logits": torch.zeros(3, 4), "labels": torch.zeros(3).long(), "valid": 4} | change
+    given = {"logits": torch.zeros(3, 4), "labels": torch.zeros(3).long(), "valid": 4, "topk": 0}
+    given |= change
     with pytest.raises(error, match=named):
-        native.row_stats(given["logits"], given["labels"], 0, given["valid"], -100)
+        native.row_stats(given["logits"], given["labels"], 0, given["valid"], -100, given["topk"])
 
 
-def run(mode: str, code: str) -> subprocess.CompletedProcess[str]:
+def test_a_gate_of_the_wrong_shape_is_refused() -> None:
+    with pytest.raises(ValueError, match="the 8 numbers"):
+        native.row_stats_grad(torch.zeros(1, 4), torch.zeros(1).long(), [1.0], 4, -100)
+
+
+def run(environment: dict[str, str], code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code],
-        env={**os.environ, "MEGATRON_DEFT_OPS": mode},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
@@ -143,7 +263,9 @@ def test_the_reference_can_be_forced_and_gives_the_same() -> None:
         "token_loss(z, torch.arange(4)).sum().backward();"
         "print(ops.implementation(z.device).__name__, z.grad.double().norm().item())"
     )
-    native_run, reference_run = run("native", code), run("reference", code)
+    native_run, reference_run = (
+        run({"MEGATRON_DEFT_OPS": mode}, code) for mode in ("native", "reference")
+    )
     name, norm = native_run.stdout.split()
     other_name, other_norm = reference_run.stdout.split()
     assert (name, other_name) == ("megatron_deft.ops.native", "megatron_deft.ops.reference")
@@ -152,4 +274,29 @@ def test_the_reference_can_be_forced_and_gives_the_same() -> None:
 
 def test_an_unknown_mode_names_the_legal_ones() -> None:
     code = "import torch; from megatron_deft import ops; ops.implementation(torch.device('cpu'))"
-    assert "legal are auto, native, reference" in run("fast", code).stderr
+    done = run({"MEGATRON_DEFT_OPS": "fast"}, code)
+    assert "legal are auto, native, reference" in done.stderr
+
+
+KERNELS = "test_row_stats or largest or one_sign or nan or writes_every or single_read or scale or exp_is"
+
+
+@pytest.mark.skipif("MEGATRON_DEFT_CPU" in os.environ, reason="is itself such a run")
+@pytest.mark.parametrize("name", ["avx512", "avx2", "plain"])
+def test_every_instruction_set_passes_these_tests(name: str) -> None:
+    probe = "import torch; from megatron_deft import _C; print(_C.instruction_set())"
+    best = run({}, probe).stdout.strip()
+    if name == best:
+        return  # what the other tests of this file ran
+    forced = run({"MEGATRON_DEFT_CPU": name}, probe)
+    if name == "avx512" or (name == "avx2" and best == "plain"):
+        assert f"MEGATRON_DEFT_CPU={name}: this processor runs {best}" in forced.stderr
+        return
+    assert forced.stdout.strip() == name
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", KERNELS, __file__],
+        env={**os.environ, "MEGATRON_DEFT_CPU": name},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:]

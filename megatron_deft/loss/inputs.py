@@ -1,0 +1,203 @@
+"""What `token_loss` is given: checked, and described as the operators read it."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_deft.errors import UserError
+from megatron_deft.objectives import Gate, Objective
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which slice of the vocabulary the logits are, and where the other slices live."""
+
+    start: int
+    valid: int
+    vocab_size: int
+    ignore_index: int
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank holds the whole vocabulary."""
+        return self.group is None or dist.get_world_size(self.group) == 1
+
+
+def check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tuple[Tensor, Tensor]:
+    """The tensors as the kernels read them: int64 labels, one stride from row to row."""
+    if logits.dtype not in DTYPES:
+        raise UserError(
+            f"logits: expected one of {', '.join(str(d) for d in DTYPES)}, got {logits.dtype}; "
+            "convert them with .float()"
+        )
+    if logits.shape[:-1] != labels.shape or logits.dim() == 0:
+        raise UserError(
+            f"labels: expected shape {list(logits.shape[:-1])} (the logits' without the last "
+            f"dimension), got {list(labels.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"labels: expected int64 or int32, got {labels.dtype}; call .long()")
+    if labels.device != logits.device:
+        raise UserError(f"labels: expected device {logits.device}, got {labels.device}")
+    if not _rows_are_regular(logits):
+        if inplace_backward:
+            raise UserError(
+                f"inplace_backward needs logits whose rows are one stride apart, got shape "
+                f"{list(logits.shape)} with strides {list(logits.stride())}; "
+                "call .contiguous() or leave inplace_backward out"
+            )
+        logits = logits.contiguous()
+    return logits, labels.long()
+
+
+def _rows_are_regular(logits: Tensor) -> bool:
+    """Whether the rows [..., V] can be walked with one stride and do not overlap."""
+    if logits.numel() == 0 or logits.is_contiguous():
+        return True
+    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+        return False
+    expected = None
+    for dim in range(logits.dim() - 2, -1, -1):
+        size, stride = logits.shape[dim], logits.stride(dim)
+        if size == 1:
+            continue
+        if expected is None and stride < logits.shape[-1]:
+            return False  # expanded or overlapping rows
+        if expected is not None and stride != expected:
+            return False
+        expected = size * stride
+    return True
+
+
+def shard_of(
+    logits: Tensor, group: dist.ProcessGroup | None, vocab_size: int | None, ignore_index: int
+) -> Shard:
+    """Where this rank's columns lie in the vocabulary."""
+    ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
+    if rank < 0:
+        raise UserError("group: this process is not a member of the given process group")
+    columns = logits.shape[-1]
+    vocab_size = columns * ranks if vocab_size is None else vocab_size
+    if ranks > 1:
+        _check_equal_shards(columns, vocab_size, group)
+    if not 0 < vocab_size <= columns * ranks:
+        raise UserError(
+            f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "
+            f"got {vocab_size}"
+        )
+    start = rank * columns
+    return Shard(start, min(max(vocab_size - start, 0), columns), vocab_size, ignore_index, group)
+
+
+_equal_shards: set[tuple[dist.ProcessGroup | None, int, int]] = set()
+
+
+def _check_equal_shards(columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> None:
+    """All ranks hold as many columns; asked once per group and size, so a step costs nothing.
+
+    Before any check that one rank alone could fail: the others would wait in the all-gather.
+    """
+    key = (group, columns, vocab_size)
+    if key in _equal_shards:
+        return
+    sizes: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(group)
+    dist.all_gather_object(sizes, (columns, vocab_size), group=group)
+    if len(set(sizes)) > 1:
+        raise UserError(
+            f"logits: expected the same number of columns and vocab_size on every rank of group, "
+            f"got {sizes}; pad the vocabulary so that the ranks divide it"
+        )
+    _equal_shards.add(key)
+
+
+_wrong_labels: dict[torch.device, Tensor] = {}  # how many were seen on a CUDA device
+
+
+def check_labels(labels: Tensor, shard: Shard) -> Tensor | None:
+    """Every label is in the vocabulary or ignored: an error on the CPU.
+
+    On CUDA asking would stop the stream: the wrong ones are counted there, and returned as a mask;
+    their loss is nan, and `raise_on_wrong_labels` tells the count when the caller can wait for it.
+    """
+    legal = ((labels >= 0) & (labels < shard.vocab_size)) | (labels == shard.ignore_index)
+    if labels.is_cuda:
+        wrong = ~legal
+        if labels.device not in _wrong_labels:
+            _wrong_labels[labels.device] = torch.zeros((), dtype=torch.int64, device=labels.device)
+        _wrong_labels[labels.device].add_(wrong.sum())
+        return wrong
+    if not bool(legal.all()):
+        wrong_one = labels[~legal][0].item()
+        raise UserError(f"{_legal_labels(shard)}, got {wrong_one}; {_LABELS_REMEDY}")
+    return None
+
+
+_LABELS_REMEDY = (
+    "check that tokenizer and model share one vocabulary, and that ignored tokens use ignore_index"
+)
+
+
+def _legal_labels(shard: Shard) -> str:
+    return (
+        f"labels: expected 0 to {shard.vocab_size - 1} (vocab_size {shard.vocab_size}) or "
+        f"ignore_index {shard.ignore_index}"
+    )
+
+
+def raise_on_wrong_labels() -> None:
+    """Raise UserError if a label out of range was given on a CUDA device since the last call.
+
+    Waits for the device: call it where the step's metrics are read, not in the step.
+    """
+    for device, counter in _wrong_labels.items():
+        count = int(counter)
+        if count:
+            counter.zero_()
+            raise UserError(
+                f"labels: {count} on {device} were neither in the vocabulary nor ignore_index; "
+                f"{_LABELS_REMEDY}"
+            )
+
+
+def check_batch_group(objective: Objective, batch_group: dist.ProcessGroup | None) -> None:
+    """The data-parallel mean needs to be told which ranks it is over."""
+    if objective.batch_mean != "data_parallel" or batch_group is not None:
+        return
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise UserError(
+            f"objective {objective.spec} takes the mean of p over the data-parallel ranks: pass "
+            "their process group as batch_group, or use cayley(floor=micro_batch)"
+        )
+
+
+def gate_of(
+    objective: Objective, shard: Shard, logits: Tensor, grad_in_forward: bool
+) -> Gate | None:
+    """The gate for the single-read form, or None for the form of two passes.
+
+    Errors: UserError naming what stands against making the gradient in the forward.
+    """
+    if not grad_in_forward:
+        return None
+    obstacle = obstacle_to_single_read(objective, shard.is_whole, logits.dtype)
+    if obstacle:
+        raise UserError(f"grad_in_forward: {obstacle}; leave grad_in_forward out")
+    if not (logits.requires_grad and torch.is_grad_enabled()):
+        return None  # no gradient is wanted, and the logits are left alone
+    return objective.gate(shard.vocab_size)
+
+
+def obstacle_to_single_read(objective: Objective, is_whole: bool, dtype: torch.dtype) -> str:
+    """Why the gradient cannot be made in the forward, or "" if it can."""
+    if not is_whole:
+        return "the vocabulary is split over tensor-parallel ranks, whose sums come first"
+    if objective.gate(vocab_size=2) is None:
+        return f"objective {objective.spec} needs a mean over the batch before any gradient"
+    if dtype == torch.float16:
+        return "a float16 gradient needs the loss scale before it is rounded"
+    return ""
