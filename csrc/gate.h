@@ -33,15 +33,16 @@ struct RowGradient {
 };
 
 // Entropy in nats of softmax over `k` logits, of which top[0] is the largest; -inf entries count 0.
+// log1p of the others' sum, so that an entropy near 0 keeps its digits.
 MDEFT_HOST_DEVICE float entropy_of(const float* top, int64_t k) {
   float s = 0.0f, sh = 0.0f;
-  for (int64_t i = 0; i < k; ++i) {
+  for (int64_t i = 1; i < k; ++i) {
     const float d = top[i] - top[0];
     const float e = expf(d);
     s += e;
     if (e != 0.0f) sh += e * d;  // nan stays nan; 0 * -inf would be one
   }
-  return logf(s) - sh / s;
+  return log1pf(s) - sh / (1.0f + s);
 }
 
 // z_y: the target's logit. entropy: of the top k if gate.topk > 0, else unused.

@@ -103,10 +103,14 @@ def merge(parts: Tensor, valid: Tensor) -> _Merged:
 
 
 def _topk_entropy(top: Tensor, valid: Tensor) -> Tensor:
-    """Entropy in nats of softmax over the k largest logits [k, N] -> [N]."""
-    logp = top.log_softmax(0)
-    p = logp.exp()
-    entropy = -(p * logp).masked_fill(p == 0, 0.0).sum(0)
+    """Entropy in nats of softmax over the k largest logits [k, N], largest first -> [N].
+
+    log1p of the others' sum, so that an entropy near 0 keeps its digits.
+    """
+    d = top[1:] - top[0]
+    e = d.exp()
+    others = e.sum(0)
+    entropy = others.log1p() - (e * d).masked_fill(e == 0, 0.0).sum(0) / (1.0 + others)
     return entropy.masked_fill(~valid, 0.0)
 
 
@@ -173,7 +177,7 @@ class _TokenLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         shard: Shard = ctx.shard
-        upstream = grad_loss.reshape(-1).float()
+        upstream = grad_loss.reshape(-1).float().contiguous()  # a sum gives stride 0
         if ctx.is_grad_made:
             grad, labels = ctx.saved_tensors
             ops.scale_rows_(grad, labels, upstream, shard.ignore_index)
