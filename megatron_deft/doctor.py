@@ -90,7 +90,8 @@ def _extension(gpu: bool) -> Finding:
         return Finding("megatron_deft._C", f"cannot be tried: {error}", "pip install torch")
     wanted = "cuda" if gpu else "cpu"
     if wanted in native.devices():
-        return Finding("megatron_deft._C", f"loads, kernels for {' and '.join(native.devices())}")
+        devices = f"{' and '.join(native.devices())}, on the CPU {native.instruction_set()}"
+        return Finding("megatron_deft._C", f"loads, kernels for {devices}")
     return Finding("megatron_deft._C", "plain torch operators are used", native.missing(wanted))
 
 

@@ -225,17 +225,18 @@ void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& f
   dispatch(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     T* out = static_cast<T*>(grad.mutable_data_ptr());
+    const RowKernels<T>& kernels = row_kernels<T>();
     std::vector<int64_t> changed;
     for (int64_t row = 0; row < rows.shard.rows; ++row)
       if (!rows.shard.ignored(row) && factors[row] != 1.0f) changed.push_back(row);
     const int64_t columns = rows.shard.columns;
-    at::parallel_for(0, changed.size(), std::max<int64_t>(1, kGrain / columns),
+    at::parallel_for(0, changed.size(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
                      [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         T* z = out + changed[i] * rows.shard.row_stride;
         const float f = factors[changed[i]];
         if (f == 0.0f) std::memset(static_cast<void*>(z), 0, columns * sizeof(T));
-        else row_kernels<T>().scale(z, columns, f);
+        else kernels.scale(z, columns, f);
       }
     });
   });

@@ -8,7 +8,6 @@ differ.
 import os
 import warnings
 from collections.abc import Sequence
-from functools import cache
 from types import ModuleType
 
 import torch
@@ -20,7 +19,9 @@ from megatron_deft.ops import native, reference
 MODES = ("auto", "native", "reference")
 
 
-@cache
+_chosen: dict[tuple[str, str], ModuleType] = {}  # a dict, not functools.cache: Dynamo reads it
+
+
 def _choose(device_type: str, mode: str) -> ModuleType:
     if mode not in MODES:
         raise UserError(f"MEGATRON_DEFT_OPS={mode}: legal are {', '.join(MODES)}")
@@ -31,13 +32,16 @@ def _choose(device_type: str, mode: str) -> ModuleType:
     reason = native.missing(device_type)
     if mode == "native":
         raise UserError(f"MEGATRON_DEFT_OPS=native, but {reason}")
-    warnings.warn(f"megatron_deft uses its plain torch operators: {reason}", stacklevel=2)
+    warnings.warn(f"megatron_deft uses its plain torch operators: {reason}", stacklevel=3)
     return reference
 
 
 def implementation(device: torch.device) -> ModuleType:
     """The module whose operators serve tensors on `device`."""
-    return _choose(device.type, os.environ.get("MEGATRON_DEFT_OPS", "auto"))
+    key = device.type, os.environ.get("MEGATRON_DEFT_OPS", "auto")
+    if key not in _chosen:
+        _chosen[key] = _choose(*key)
+    return _chosen[key]
 
 
 def row_stats(

@@ -21,6 +21,12 @@ def devices() -> tuple[str, ...]:
     return ("cpu", "cuda") if _C.cuda else ("cpu",)
 
 
+def instruction_set() -> str:
+    """Which of the CPU kernels run: avx512, avx2 or plain (MEGATRON_DEFT_CPU asks for a lesser)."""
+    assert _C is not None, "asked for only where the extension loads"
+    return str(_C.instruction_set())
+
+
 def missing(device_type: str) -> str:
     """Why `device_type` has no compiled kernel, and the mend."""
     if _C is None:
