@@ -1,15 +1,17 @@
 # make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
 # make test         the test suite
 # make lint         ruff and mypy
+# make bench        time and memory of the loss on this CPU, into RESULT
 # All install what they need into .venv. Choose another python or torch with
 #   make quickstart PYTHON=python3.12 TORCH=torch==2.11.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+RESULT ?= tools/bench_results/cpu.json
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test lint format clean
+.PHONY: install quickstart test lint format bench clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -37,6 +39,9 @@ lint: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python tools/bench_loss.py --device cpu --json $(RESULT)
 
 clean:
 	rm -rf build dist *.egg-info megatron_deft/*.so

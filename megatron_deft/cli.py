@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+from megatron_deft.benchmarks.arguments import add_loss_arguments
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 
@@ -146,6 +147,12 @@ def _evaluate_figfont(args: Arguments) -> int:
         dtype=args.dtype,
     )
     return 0
+
+
+def _bench_loss(args: Arguments) -> int:
+    from megatron_deft.benchmarks.loss import run
+
+    return run(args)
 
 
 def _doctor(args: Arguments) -> int:
@@ -301,6 +308,16 @@ def _add_evaluate(commands: Group) -> None:
     _int(figfont, "--max-new-tokens", 5, "tokens of an answer")
 
 
+def _add_bench(commands: Group) -> None:
+    group = _group(commands, "bench", "Measure speed and memory")
+    text = (
+        "Measure the loss and its gradient: time and memory, ours beside the same in eager torch, "
+        "megatron-core, Liger and TransformerEngine, interleaved in one run. Every contender is "
+        "checked against float64 first; with --json everything measured is kept."
+    )
+    add_loss_arguments(_command(group, "loss", _bench_loss, text, "bench loss --shape 512x32000"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
     from megatron_deft import __version__
@@ -326,6 +343,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_convert(commands)
     _add_evaluate(commands)
+    _add_bench(commands)
     _command(
         commands, "doctor", _doctor,
         "Show what is installed and what is missing. Everything missing is named with its remedy; "

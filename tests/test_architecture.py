@@ -30,6 +30,7 @@ ROOMS = {
         "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",
         "platform", "objectives",
     },
+    "benchmarks": {"errors", "files", "objectives", "ops", "loss", "platform"},
     "launch": {"errors"},
     "doctor": {"ops", "models", "platform"},
 }  # fmt: skip

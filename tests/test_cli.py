@@ -15,7 +15,8 @@ from megatron_deft.errors import UserError
 
 COMMANDS = (
     ["objectives"], ["prepare", "figfont"], ["tiny"], ["train"], ["convert", "import"],
-    ["convert", "export"], ["convert", "verify"], ["evaluate", "figfont"], ["doctor"],
+    ["convert", "export"], ["convert", "verify"], ["evaluate", "figfont"], ["bench", "loss"],
+    ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
 

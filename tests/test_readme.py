@@ -3,11 +3,14 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from megatron_deft.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -44,7 +47,22 @@ def test_the_road_runs_as_written(tmp_path: Path) -> None:
     assert set(results["models"]) == {"tiny", "deft"}
 
 
-@pytest.mark.parametrize("make_target", ["quickstart", "test", "lint"])
+def test_every_command_parses() -> None:
+    parser = build_parser()
+    lines = [
+        line
+        for code in blocks("sh")
+        for line in code.replace("\\\n", " ").splitlines()
+        if line.startswith("megatron-deft ")
+    ]
+    assert len(lines) >= 5
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        if "|" not in words and "--help" not in words:
+            parser.parse_args(words)
+
+
+@pytest.mark.parametrize("make_target", ["quickstart", "test", "lint", "bench"])
 def test_make_targets_exist(make_target: str) -> None:
     assert re.search(rf"^{make_target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert f"make {make_target}" in README

@@ -1,0 +1,74 @@
+"""The arguments of `megatron-deft bench loss`; imports nothing heavy, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from typing import NamedTuple
+
+from megatron_deft.errors import UserError
+
+DTYPES = ("bf16", "fp16", "fp32")
+BANDWIDTH, KERNEL, WHOLE_ROW, STEP = "bandwidth", "kernel", "whole-row kernel", "step"
+KERNELS = (BANDWIDTH, KERNEL, WHOLE_ROW)
+EVERYTHING = (*KERNELS, STEP)
+REPETITIONS = {"cpu": 9, "cuda": 20}
+
+
+class Plan(NamedTuple):
+    """One interleaved run: logits [tokens, vocabulary], and the kinds of contender in it."""
+
+    tokens: int
+    vocabulary: int
+    dtype: str
+    kinds: tuple[str, ...] = EVERYTHING
+
+    @property
+    def title(self) -> str:
+        """Such as "512 x 151936 bf16"."""
+        return f"{self.tokens} x {self.vocabulary} {self.dtype}"
+
+
+# Llama 3, Qwen 2.5 and Llama 2 vocabularies.
+SHAPES = {"cpu": ((512, 151936),), "cuda": ((8192, 128256), (4096, 151936), (16384, 32000))}
+TENSOR_PARALLEL = (2, 4, 8)  # whose shards of the first two CUDA shapes the kernels are timed on
+
+
+def plans(device: str, shapes: list[str] | None, dtypes: list[str] | None) -> list[Plan]:
+    """The runs that the arguments ask for; with neither shape nor type, the device's own list."""
+    chosen = [parse_shape(shape) for shape in shapes] if shapes else list(SHAPES[device])
+    runs = [Plan(*shape, dtype) for shape in chosen for dtype in dtypes or ("bf16",)]
+    if device == "cpu" or shapes or dtypes:
+        return runs
+    shards = [(n, v // ranks) for n, v in SHAPES["cuda"][:2] for ranks in TENSOR_PARALLEL]
+    runs += [Plan(*shape, "fp32", KERNELS) for shape in chosen]
+    return runs + [
+        Plan(*s, dtype, (BANDWIDTH, KERNEL)) for dtype in ("bf16", "fp32") for s in shards
+    ]
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """(tokens, vocabulary) of "512x151936"."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or min(int(match[1]), int(match[2])) < 1:
+        raise UserError(f"--shape {text}: expected TOKENSxVOCABULARY, such as 512x151936")
+    return int(match[1]), int(match[2])
+
+
+def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench loss`; a value of None means the device's default."""
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="where to measure [cuda when there is one]")
+    add("--shape", action="append", metavar="TOKENSxVOCAB", help="of the logits; repeatable")
+    add("--dtype", action="append", choices=DTYPES, help="of the logits; repeatable [bf16]")
+    add("--objective", default="deft", help="what token_loss computes beside nll [deft]")
+    add(
+        "--ignored", action="append", type=float, metavar="FRACTION",
+        help="of tokens whose label is ignored; repeatable [0 and 0.5]",
+    )  # fmt: skip
+    add("--threads", type=int, metavar="N", help="CPU threads [as many as torch takes]")
+    shown = ", ".join(f"{device} {count}" for device, count in REPETITIONS.items())
+    add("--repetitions", type=int, metavar="N", help=f"timed runs of each contender [{shown}]")
+    add("--only", metavar="NAME,...", help="contenders to measure, by their names in the table")
+    add("--json", metavar="FILE", help="write everything measured to it")
+    add("--strict", action="store_true", help="exit with 1 when a budget is not met")

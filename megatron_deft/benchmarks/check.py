@@ -1,0 +1,123 @@
+"""Every contender's loss and gradient against the formula in float64, before it is timed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_deft.benchmarks.contenders import Outcome
+from megatron_deft.benchmarks.peers import IGNORE
+from megatron_deft.objectives import Statistics, parse
+
+CHUNK = 1 << 22  # logits converted to float64 at a time
+SLICE = 8  # rows whose gradient is compared
+P_RESOLUTION = 4e-6  # of fp32 probabilities, from logits of a few tens
+GATE_RESOLUTION = 2e-7  # of a gate that torch finds as 1 + expm1
+
+
+class WrongResultError(Exception):
+    """A contender computed something else than its objective: it is not timed."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a contender has to compute, float64.
+
+    loss:       [N] of every token
+    grad:       [k, V] of the rows `rows` [k]
+    resolution: [k] length below which fp32 arithmetic cannot tell the gradient of a row
+    """
+
+    loss: Tensor
+    rows: Tensor
+    grad: Tensor
+    resolution: Tensor
+
+
+class Reference:
+    """The softmax of the logits [N, V] in float64, reduced to what the objectives look at.
+
+    labels: [N], none of them ignored; `expected` takes the same with some of them ignored
+    topk:   of the top-k entropy, 0 when no objective needs it
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, topk: int = 0) -> None:
+        step = max(1, CHUNK // logits.shape[1])
+        parts = [
+            _reduce(logits[i : i + step], labels[i : i + step], topk)
+            for i in range(0, len(labels), step)
+        ]
+        self.logp, self.collision, self.entropy, self.is_argmax, self.top_entropy = (
+            torch.cat(column) for column in zip(*parts, strict=True)
+        )
+        self.vocabulary = logits.shape[1]
+        self.rows = torch.linspace(0, len(labels) - 1, min(SLICE, len(labels))).long()
+        self.rows = self.rows.to(logits.device)
+        self.error = logits[self.rows].double().softmax(-1)  # p_i - 1[i = y]
+        self.error[torch.arange(len(self.rows), device=logits.device), labels[self.rows]] -= 1.0
+
+    def expected(self, objective: str, labels: Tensor) -> Expected:
+        """What `objective` makes of these logits and labels (some ignored)."""
+        valid = labels != IGNORE
+        p = self.logp.exp()
+        loss, gate, _ = parse(objective)(
+            Statistics(
+                logp=self.logp,
+                p=p,
+                collision=self.collision,
+                entropy=self.entropy,
+                is_argmax=self.is_argmax,
+                valid=valid,
+                topk_entropy=self.top_entropy,
+                mean_p=p[valid].sum() / valid.sum().clamp(min=1),
+                vocab_size=self.vocabulary,
+            )
+        )
+        gate = gate[self.rows]
+        resolution = P_RESOLUTION * gate.abs() + GATE_RESOLUTION
+        return Expected(loss, self.rows, gate[:, None] * self.error, resolution)
+
+
+def _reduce(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, ...]:
+    """Of some rows: log p_y, collision probability, entropy, is_argmax, top-k entropy."""
+    log_probs = logits.double().log_softmax(-1)
+    target = log_probs.gather(1, labels[:, None])[:, 0]
+    top = log_probs.topk(min(topk, logits.shape[1]), dim=-1).values.log_softmax(-1)
+    is_argmax = target >= log_probs.amax(-1)
+    probs = log_probs.exp()
+    entropy = -log_probs.mul_(probs).sum(-1)
+    return target, probs.square_().sum(-1), entropy, is_argmax, -(top.exp() * top).sum(-1)
+
+
+def tolerance(*dtypes: torch.dtype) -> float:
+    """Relative: half as much again as one rounding to the coarsest of the dtypes.
+
+    At least what torch's own fp32 softmax over 150,000 columns needs, whose sums are off by 4e-5.
+    """
+    return max(2e-4, *(0.75 * torch.finfo(dtype).eps for dtype in dtypes))
+
+
+def verify(outcome: Outcome, expected: Expected, rounds_to: torch.dtype | None) -> None:
+    """Errors: WrongResultError saying which of loss and gradient is off, by how much."""
+    if outcome.loss is not None:
+        want = expected.loss if outcome.loss.dim() else expected.loss.sum()
+        error = (outcome.loss.double() - want).abs() / (want.abs() + 1.0)
+        _refuse("loss", error, tolerance(outcome.loss.dtype))
+    if outcome.grad is not None:
+        got = outcome.grad[expected.rows].double()
+        kind = torch.finfo(outcome.grad.dtype)
+        smallest = kind.smallest_normal * kind.eps * got.shape[1] ** 0.5
+        error = (got - expected.grad).norm(dim=-1) - expected.resolution
+        error = error.clamp(min=0) / (expected.grad.norm(dim=-1) + smallest)
+        allowed = tolerance(outcome.grad.dtype, rounds_to or outcome.grad.dtype)
+        _refuse("gradient", error, allowed)
+
+
+def _refuse(what: str, error: Tensor, allowed: float) -> None:
+    worst = error.max().item()
+    if not worst <= allowed:  # nan is wrong too
+        raise WrongResultError(
+            f"{what}: relative error {worst:.1e} against float64, {allowed:.1e} allowed"
+        )

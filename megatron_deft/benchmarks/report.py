@@ -1,0 +1,90 @@
+"""The measurements as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_deft.benchmarks.arguments import Plan
+from megatron_deft.benchmarks.budgets import Row, Rows
+from megatron_deft.benchmarks.contenders import Contender
+
+HEADER = (
+    "contender",
+    "ms",
+    "iqr",
+    "x eager-nll",
+    "x eager-deft",
+    "GB/s",
+    "of copy",
+    "extra B/logit",
+)
+
+
+def legend(table: dict[str, Contender]) -> str:
+    """What the contenders' names stand for."""
+    return columns((), [(name, contender.what) for name, contender in table.items()]) + "\n"
+
+
+def plan_table(plan: Plan, rows: Rows) -> str:
+    """A table for each ignored fraction."""
+    parts = []
+    for fraction in dict.fromkeys(ignored for _, ignored in rows):
+        cells = [_cells(row) for (_, ignored), row in rows.items() if ignored == fraction]
+        parts += [
+            f"{plan.title}, {fraction:.0%} of the tokens ignored",
+            columns(HEADER, cells, right=True),
+            "",
+        ]
+    return "\n".join(parts)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    if row["median_ms"] is None:
+        return (row["name"], row["status"])
+    over = row["speedup_over"]
+    return (
+        row["name"],
+        _number(row["median_ms"], "{:.3f}" if row["median_ms"] < 10 else "{:.1f}"),
+        _number(row["iqr_ms"], "{:.3f}" if row["median_ms"] < 10 else "{:.1f}"),
+        _number(over["eager-nll"], "{:.2f}"),
+        _number(over["eager-deft"], "{:.2f}"),
+        _number(row["gigabytes_per_second"], "{:.1f}"),
+        _number(row["share_of_copy"], "{:.0%}"),
+        _number(row["extra_bytes_per_logit"], "{:.4f}"),
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def budget_table(budgets: list[Row]) -> str:
+    """Every budget with what was required and measured."""
+    words = {True: "met", False: "NOT MET", None: "not measured"}
+    cells = [
+        (b["name"], b["where"], b["required"], _number(b["measured"], "{:.3g}"), words[b["met"]])
+        for b in budgets
+    ]
+    return columns(("budget", "where", "required", "measured", ""), cells)
+
+
+def columns(header: tuple[str, ...], rows: Sequence[tuple[str, ...]], right: bool = False) -> str:
+    """Aligned text: the first column to the left, the others to the right if `right`.
+
+    A row shorter than the longest has its last cell as it is: a remark instead of numbers.
+    """
+    lines = [*([header] if header else []), *rows]
+    count = max((len(line) for line in lines), default=0)
+    widths = [
+        max((len(line[i]) for line in lines if len(line) == count or i == 0), default=0)
+        for i in range(count)
+    ]
+    text = []
+    for first, *rest in lines:
+        numbers = right and len(rest) == count - 1
+        shown = [
+            cell.rjust(width) if numbers else cell.ljust(width)
+            for cell, width in zip(rest, widths[1:], strict=False)
+        ]
+        text.append("  ".join([first.ljust(widths[0]), *shown]).rstrip())
+    return "\n".join(text)
