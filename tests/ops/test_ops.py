@@ -161,6 +161,39 @@ def test_scale_rows_touches_only_what_it_must(ops: Any, dtype: torch.dtype) -> N
     assert bool(got[5].isnan().all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_beyond_two_to_the_31_elements(dtype: torch.dtype) -> None:
+    """Rows far apart in memory that is reserved, and touched only where a row lies."""
+    stride = 2**30 + 8
+    storage = torch.empty(2 * stride + 100, dtype=dtype)
+    logits = storage.as_strided((3, 100), (stride, 1))
+    logits.copy_(torch.randn(3, 100))
+    labels, near = torch.tensor([3, -100, 99]), logits.contiguous()
+    for arguments in ((0, 100, -100, 5), (0, 97, -100)):
+        far = native.row_stats(logits, labels, *arguments)
+        assert torch.equal(far, native.row_stats(near, labels, *arguments))
+    native.row_stats_grad_(near, labels, DEFT, 100, -100)
+    native.row_stats_grad_(logits, labels, DEFT, 100, -100)
+    assert torch.equal(logits, near)
+    native.scale_rows_(logits, labels, torch.tensor([1.0, 0.0, 0.5]), -100)
+    assert torch.equal(logits[:2], near[:2])
+    assert torch.equal(logits[2], near[2] / 2)
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (7, 0), (0, 0), (2, 0, 3)])
+def test_nothing_to_do(shape: tuple[int, ...]) -> None:
+    logits = torch.zeros(shape)
+    labels = torch.zeros(shape[:-1]).long()
+    rows = labels.numel()
+    stats, grad = native.row_stats_grad(logits, labels, DEFT, shape[-1], -100)
+    assert stats.shape == (5, rows)
+    assert grad.shape == shape
+    assert native.row_stats(logits, labels, 0, shape[-1], -100, 20).shape == (25, rows)
+    native.scale_rows_(logits, labels, torch.full((rows,), 0.5), -100)
+    per_row = torch.ones(rows)
+    native.gate_grad_(logits, labels, per_row, per_row, per_row, 0, shape[-1], -100)
+
+
 def test_exp_is_accurate_over_its_whole_range() -> None:
     """Through gate_grad with scale 1: out = exp(z - m)."""
     z = torch.linspace(-87.2, 0, 300001)[None]
@@ -278,7 +311,9 @@ def test_an_unknown_mode_names_the_legal_ones() -> None:
     assert "legal are auto, native, reference" in done.stderr
 
 
-KERNELS = "test_row_stats or largest or one_sign or nan or writes_every or single_read or scale or exp_is"
+KERNELS = (
+    "test_row_stats or largest or one_sign or nan or writes_every or single_read or scale or exp_is"
+)
 
 
 @pytest.mark.skipif("MEGATRON_DEFT_CPU" in os.environ, reason="is itself such a run")

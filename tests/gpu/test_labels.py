@@ -1,0 +1,24 @@
+"""Labels out of range on CUDA: no read out of bounds, no wait; nan and a count later."""
+
+import pytest
+import torch
+
+from megatron_deft import token_loss
+from megatron_deft.errors import UserError
+from megatron_deft.loss.inputs import raise_on_wrong_labels
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.parametrize("grad_in_forward", [False, True])
+@pytest.mark.parametrize("wrong", [507, 2**40, -1, -(2**40)])
+def test_a_label_out_of_range_is_nan_and_is_told_later(wrong: int, grad_in_forward: bool) -> None:
+    raise_on_wrong_labels()  # nothing yet
+    logits = torch.randn(4, 512, device="cuda", requires_grad=True)
+    labels = torch.tensor([1, wrong, -100, 506], device="cuda")
+    loss = token_loss(logits, labels, vocab_size=507, grad_in_forward=grad_in_forward)
+    loss.sum().backward()
+    assert loss.isnan().tolist() == [False, True, False, False]
+    with pytest.raises(UserError, match="labels: 1 on cuda:0 were neither in the vocabulary nor"):
+        raise_on_wrong_labels()
+    raise_on_wrong_labels()  # told once
