@@ -5,9 +5,6 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include <algorithm>
-#include <limits>
-
 #include "../ops.h"
 #include "kernels.h"
 
@@ -25,31 +22,23 @@ Dtype dtype_of(const at::Tensor& logits) {
   }
 }
 
+cudaStream_t stream() { return c10::cuda::getCurrentCUDAStream(); }
+
+at::Tensor empty_stats(const at::Tensor& logits, int64_t topk, int64_t rows) {
+  return at::empty({kStats + topk, rows}, logits.options().dtype(at::kFloat));
+}
+
 }  // namespace
 
 at::Tensor row_stats(const at::Tensor& logits, const at::Tensor& labels, int64_t vocab_start,
-                     int64_t vocab_valid, int64_t ignore_index) {
+                     int64_t vocab_valid, int64_t ignore_index, int64_t topk) {
+  check_topk(topk);
   const c10::cuda::CUDAGuard guard(logits.device());
   const Rows rows(logits, labels, vocab_start, vocab_valid, ignore_index);
-  at::Tensor out = at::empty({kStats, rows.shard.rows}, logits.options().dtype(at::kFloat));
-  C10_CUDA_CHECK(launch_row_stats(rows.shard, dtype_of(logits), out.mutable_data_ptr<float>(),
-                                  c10::cuda::getCurrentCUDAStream()));
-  return out;
-}
-
-// torch's own selection per shard: a fused one is not written yet.
-at::Tensor row_topk(const at::Tensor& logits, const at::Tensor& labels, int64_t k,
-                    int64_t vocab_valid, int64_t ignore_index) {
-  TORCH_CHECK_VALUE(k > 0, "row_topk: expected k > 0, got ", k);
-  const c10::cuda::CUDAGuard guard(logits.device());
-  const Rows rows(logits, labels, 0, vocab_valid, ignore_index);
-  const int64_t found = std::min(k, vocab_valid);
-  const at::Tensor flat = logits.reshape({rows.shard.rows, logits.size(-1)});
-  const at::Tensor top = std::get<0>(flat.narrow(1, 0, vocab_valid).topk(found, 1));
-  at::Tensor out = at::empty({k, rows.shard.rows}, logits.options().dtype(at::kFloat));
-  out.fill_(-std::numeric_limits<float>::infinity());
-  out.narrow(0, 0, found).copy_(top.t());
-  return out.masked_fill_(rows.labels.reshape({1, -1}).eq(ignore_index), 0.0);
+  at::Tensor stats = empty_stats(logits, topk, rows.shard.rows);
+  C10_CUDA_CHECK(launch_row_stats(rows.shard, topk, dtype_of(logits),
+                                  stats.mutable_data_ptr<float>(), stream()));
+  return stats;
 }
 
 void gate_grad_out(const at::Tensor& logits, const at::Tensor& labels, const at::Tensor& row_max,
@@ -58,8 +47,29 @@ void gate_grad_out(const at::Tensor& logits, const at::Tensor& labels, const at:
   const c10::cuda::CUDAGuard guard(logits.device());
   const Rows rows(logits, labels, vocab_start, vocab_valid, ignore_index);
   const Gradient gradient = gradient_of_rows(rows, row_max, scale, target_grad, out);
-  C10_CUDA_CHECK(launch_gate_grad(rows.shard, gradient, dtype_of(logits),
-                                  c10::cuda::getCurrentCUDAStream()));
+  C10_CUDA_CHECK(launch_gate_grad(rows.shard, gradient, dtype_of(logits), stream()));
+}
+
+at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels,
+                              at::ArrayRef<double> gate_numbers, int64_t vocab_valid,
+                              int64_t ignore_index, const at::Tensor& out) {
+  const Gate gate = gate_of(gate_numbers);
+  check_topk(gate.topk);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  const Rows rows(logits, labels, 0, vocab_valid, ignore_index);
+  at::Tensor stats = empty_stats(logits, gate.topk, rows.shard.rows);
+  C10_CUDA_CHECK(launch_row_stats_grad(rows.shard, gate, dtype_of(logits),
+                                       stats.mutable_data_ptr<float>(), out.mutable_data_ptr(),
+                                       row_stride_of(out, "out"), stream()));
+  return stats;
+}
+
+void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& factor,
+                 int64_t ignore_index) {
+  const c10::cuda::CUDAGuard guard(grad.device());
+  const Rows rows(grad, labels, 0, grad.size(-1), ignore_index);
+  C10_CUDA_CHECK(launch_scale_rows(rows.shard, per_row(factor, rows.shard.rows, "factor"),
+                                   dtype_of(grad), stream()));
 }
 
 }  // namespace megatron_deft::cuda

@@ -1,83 +1,85 @@
-// row_stats: one thread block per row, online softmax, one read of the logits.
-#include <math_constants.h>
+// row_stats: one read of the logits, a block (or a cluster of blocks) for each row.
+#include <type_traits>
 
-#include "device.cuh"
-#include "kernels.h"
+#include "launch.cuh"
+#include "row_reduce.cuh"
 
 namespace megatron_deft::cuda {
 namespace {
 
-struct ExpOf {
-  __device__ float operator()(float x) const { return __expf(x); }
+constexpr int kThreads = 256;
+// Blocks of a multiprocessor, each with 32 KB on the way; selecting the top k takes more registers.
+template <bool kTopk>
+constexpr int kBlocks = kTopk ? 3 : 4;
+
+struct Shared {
+  SumsShared sums;
+};
+struct SharedWithTop {
+  SumsShared sums;
+  TopShared top;
 };
 
-__device__ Sums merged(const Sums& a, const Sums& b) { return merge(a, b, ExpOf{}); }
-
-// The row's sums in thread 0. Fixed order of merges: the same bits from run to run.
-__device__ Sums block_merge(Sums sums) {
-  __shared__ Sums per_warp[kThreads / 32];
-  for (int offset = 16; offset > 0; offset >>= 1) {
-    Sums other;
-    other.m = __shfl_down_sync(0xffffffffu, sums.m, offset);
-    other.s1 = __shfl_down_sync(0xffffffffu, sums.s1, offset);
-    other.s2 = __shfl_down_sync(0xffffffffu, sums.s2, offset);
-    other.sh = __shfl_down_sync(0xffffffffu, sums.sh, offset);
-    sums = merged(sums, other);
-  }
-  if (threadIdx.x % 32 == 0) per_warp[threadIdx.x / 32] = sums;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int warp = 1; warp < kThreads / 32; ++warp) sums = merged(sums, per_warp[warp]);
-  return sums;
-}
-
-template <typename T>
-__global__ void __launch_bounds__(kThreads) row_stats_kernel(Shard shard, float* out) {
-  const int64_t row = blockIdx.x;
-  Sums sums{-CUDART_INF_F, 0.0f, 0.0f, 0.0f};
-  float target = 0.0f;
+template <typename T, bool kTopk>
+__global__ void __launch_bounds__(kThreads, kBlocks<kTopk>)
+    row_stats_kernel(Shard shard, int topk, int parts, float* stats) {
+  using Memory = std::conditional_t<kTopk, SharedWithTop, Shared>;
+  Memory& shared = *reinterpret_cast<Memory*>(ptx::shared_memory());
+  const int64_t row = blockIdx.x / static_cast<unsigned>(parts);
+  const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts));
   if (shard.ignored(row)) {
-    sums.m = 0.0f;
-  } else {
-    const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
-    for (int64_t i = threadIdx.x; i < shard.vocab_valid; i += kThreads) {
-      const float x = to_float(z[i]);
-      if (x > sums.m) {  // a new maximum: bring the sums to it
-        const float f = __expf(sums.m - x);
-        sums.sh = f > 0.0f ? f * (sums.sh + (sums.m - x) * sums.s1) : 0.0f;
-        sums.s1 *= f;
-        sums.s2 *= f * f;
-        sums.m = x;
-      }
-      // -inf: e = 0 and e * d must be 0; before any finite logit m is -inf as well.
-      const float d = x == -CUDART_INF_F ? -1e30f : x - sums.m;
-      const float e = __expf(d);
-      sums.s1 += e;
-      sums.s2 += e * e;
-      sums.sh += e > 0.0f ? e * d : 0.0f;
-    }
-    sums = block_merge(sums);
-    const int64_t column = shard.target(row);
-    if (column >= 0) target = to_float(z[column]);
+    if (part == 0) clear_stats(stats, shard.rows, row, topk);
+    return;
   }
-  if (threadIdx.x == 0) {
-    out[0 * shard.rows + row] = sums.m;
-    out[1 * shard.rows + row] = sums.s1;
-    out[2 * shard.rows + row] = sums.s2;
-    out[3 * shard.rows + row] = sums.sh;
-    out[4 * shard.rows + row] = target;
+  const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
+  const Slice<T> slice(z, shard.vocab_valid, part, parts);
+  const FromGlobal<T, Read::kOnly> source{slice};
+  Sums sums;
+  const float* list = nullptr;
+  if constexpr (kTopk) {
+    BlockTop<T> top(shared.top, topk, slice.count * kPerVector<T> + slice.scalars);
+    sums = reduce<T>(source, slice.items(), top);
+    list = top.finish();
+  } else {
+    NoTop top;
+    sums = reduce<T>(source, slice.items(), top);
+  }
+  sums = cluster_sums(sums, shared.sums, parts);
+  if (threadIdx.x < kWarp) {
+    const float x = kTopk ? cluster_top(list, parts) : 0.0f;
+    if (part == 0)
+      store_stats(stats, shard.rows, row, sums, target_logit(z, shard.target(row)), x, topk);
+  }
+  if (parts > 1) {  // peers may still be reading this block's shared memory
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
   }
 }
 
 }  // namespace
 
-cudaError_t launch_row_stats(const Shard& shard, Dtype dtype, float* out, cudaStream_t stream) {
+cudaError_t run_row_stats(const Shard& shard, int64_t topk, Dtype dtype, float* stats,
+                          cudaStream_t stream, const Plan& plan) {
   if (shard.rows == 0) return cudaSuccess;
-  dispatch(dtype, [&](auto tag) {
-    row_stats_kernel<decltype(tag)>
-        <<<static_cast<unsigned>(shard.rows), kThreads, 0, stream>>>(shard, out);
+  if (!fits(shard, plan) || topk > kMaxTopk || plan.threads > kThreads)
+    return cudaErrorInvalidValue;
+  return dispatch(dtype, [&](auto tag) {
+    using T = decltype(tag);
+    const auto kernel = topk > 0 ? row_stats_kernel<T, true> : row_stats_kernel<T, false>;
+    const auto shared = topk > 0 ? sizeof(SharedWithTop) : sizeof(Shared);
+    return launch(kernel, shard.rows, plan, true, shared, stream, shard, topk, plan.parts, stats);
   });
-  return cudaGetLastError();
+}
+
+cudaError_t launch_row_stats(const Shard& shard, int64_t topk, Dtype dtype, float* stats,
+                             cudaStream_t stream) {
+  int index;
+  Device device;
+  const cudaError_t error = current_device(row_stats_kernel<float, false>, index, device);
+  if (error != cudaSuccess) return error;
+  const int64_t element = dtype == Dtype::kFloat ? 4 : 2;
+  return run_row_stats(shard, topk, dtype, stats, stream,
+                       row_stats_plan(device, shard.rows, shard.vocab_valid, element));
 }
 
 }  // namespace megatron_deft::cuda

@@ -23,7 +23,8 @@ def test_kernels_compile(source: str, tmp_path: Path) -> None:
     assert NVCC is not None
     done = subprocess.run(
         [NVCC, "-c", "-O3", "-std=c++20", "--expt-relaxed-constexpr", "-Xptxas=-v", "-Werror",
-         "all-warnings", *architectures, str(CUDA / source), "-o", str(tmp_path / "out.o")],
+         "all-warnings", "--threads=3", *architectures, str(CUDA / source),
+         "-o", str(tmp_path / "out.o")],
         capture_output=True,
         text=True,
     )  # fmt: skip
@@ -31,6 +32,7 @@ def test_kernels_compile(source: str, tmp_path: Path) -> None:
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
     assert spills, "ptxas reported no kernel"
     assert set(spills) == {"0"}, done.stderr
+    assert set(re.findall(r"(\d+) bytes stack frame", done.stderr)) == {"0"}, done.stderr
 
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
