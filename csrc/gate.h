@@ -48,7 +48,7 @@ MDEFT_HOST_DEVICE float entropy_of(const float* top, int64_t k) {
 // z_y: the target's logit. entropy: of the top k if gate.topk > 0, else unused.
 MDEFT_HOST_DEVICE RowGradient gradient_of_row(const Gate& gate, const Sums& sums, float z_y,
                                               float topk_entropy) {
-  const float log_s1 = logf(sums.s1);
+  const float s1 = 1.0f + sums.rest, log_s1 = log1pf(sums.rest);
   const float logp = z_y - sums.m - log_s1;
   const float p = expf(logp);
   const bool kept = !(gate.low > -INFINITY && !(p >= gate.low)) &&
@@ -56,7 +56,7 @@ MDEFT_HOST_DEVICE RowGradient gradient_of_row(const Gate& gate, const Sums& sums
   float value = 0.0f;
   if (kept) {
     float a = gate.exponent;
-    if (gate.exponent_of == Exponent::kCollision) a = sums.s2 / (sums.s1 * sums.s1);
+    if (gate.exponent_of == Exponent::kCollision) a = sums.s2 / (s1 * s1);
     if (gate.exponent_of == Exponent::kCayley) {
       a = (p - 1e-8f) / (2.0f + 2e-8f - p);
       a = a < 1e-3f ? 1e-3f : (a > 1.0f ? 1.0f : a);
@@ -64,12 +64,12 @@ MDEFT_HOST_DEVICE RowGradient gradient_of_row(const Gate& gate, const Sums& sums
     value = a == 0.0f ? 1.0f : expf(a * logp);
     if (gate.eps > 0.0f) value *= a / (a + gate.eps);
     if (gate.entropy_power > 0.0f) {
-      float h = gate.topk > 0 ? topk_entropy : log_s1 - sums.sh / sums.s1;
+      float h = gate.topk > 0 ? topk_entropy : log_s1 - sums.sh / s1;
       h = h < 0.0f ? 0.0f : h / gate.entropy_scale;
       value *= gate.entropy_power == 1.0f ? h : powf(h, gate.entropy_power);
     }
   }
-  return {value / sums.s1, value * expm1f(logp)};
+  return {value / s1, value * expm1f(logp)};
 }
 
 }  // namespace megatron_deft

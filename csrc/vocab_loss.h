@@ -2,7 +2,7 @@
 //
 // A row is the logits of one token over this rank's slice of the vocabulary. Two kernels serve every
 // objective:
-//   row_stats       logits -> (m, S1, S2, Sh, z_y, top k)   one read
+//   row_stats       logits -> (m, S1 - 1, S2, Sh, z_y, top k)   one read
 //   gate_grad       logits -> coeff * (p_i - 1[i = y])      one read, one write
 // and where the vocabulary is whole and the upstream gradient known, one alone:
 //   row_stats_grad  logits -> both, the row staying on chip  one read, one write
@@ -19,7 +19,7 @@
 
 namespace megatron_deft {
 
-constexpr int kStats = 5;  // m, S1, S2, Sh, z_y
+constexpr int kStats = 5;  // m, S1 - 1, S2, Sh, z_y
 constexpr int64_t kMaxTopk = 32;
 
 // One shard of logits and its labels.
@@ -52,26 +52,29 @@ struct Gradient {
   const float* target_grad;  // coeff * expm1(logp)
 };
 
-// Running sums over part of a row, relative to their own maximum m.
+// Running sums over part of a row, relative to their own maximum m, with e = exp(z - m).
+//
+// `rest` is the sum of e without one largest element, whose e is 1: S1 = 1 + rest. Where the model is
+// sure of a token, rest is far below the last digit of S1, and all of log p = -log1p(rest), of the
+// entropy and of the target's gradient hangs on it.
 struct Sums {
-  float m, s1, s2, sh;
+  float m, rest, s2, sh;
 };
 
+MDEFT_HOST_DEVICE Sums no_sums() { return {-INFINITY, -1.0f, 0.0f, 0.0f}; }
+
 // The sums of the union of two parts. Every shape of reduction (thread, warp, block, tensor-parallel
-// rank) is built from this one function, so that they cannot disagree.
+// rank) follows this one function, so that they cannot disagree.
 MDEFT_HOST_DEVICE Sums merge(const Sums& a, const Sums& b) {
-  if (a.s1 == 0.0f) return b;  // an empty part has m = -inf; -inf - -inf would be nan
-  if (b.s1 == 0.0f) return a;
-  const float m = a.m > b.m ? a.m : b.m;
-  const float fa = expf(a.m - m), fb = expf(b.m - m);
-  Sums out;
-  out.m = m;
-  out.s1 = fa * a.s1 + fb * b.s1;
-  out.s2 = fa * fa * a.s2 + fb * fb * b.s2;
-  // f * (sh + (m_part - m) * s1): where f is 0 the shift may be infinite, and the term is 0.
-  out.sh = (fa > 0.0f ? fa * (a.sh + (a.m - m) * a.s1) : 0.0f) +
-           (fb > 0.0f ? fb * (b.sh + (b.m - m) * b.s1) : 0.0f);
-  return out;
+  const bool swap = b.m > a.m;
+  const Sums &high = swap ? b : a, &low = swap ? a : b;
+  const float shift = low.m - high.m;  // nan where both are empty
+  const float f = low.m == -INFINITY ? 0.0f : expf(shift);
+  const float s1 = 1.0f + low.rest;
+  // Where f is 0 the shift may be infinite, and the terms are 0; a nan stays one.
+  const float nothing = 0.0f * low.s2;
+  return {high.m, high.rest + (f > 0.0f ? f * s1 : nothing), high.s2 + f * f * low.s2,
+          high.sh + (f > 0.0f ? f * (low.sh + shift * s1) : nothing)};
 }
 
 }  // namespace megatron_deft

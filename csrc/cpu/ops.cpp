@@ -24,7 +24,7 @@ constexpr int64_t kGrain = 16384;    // columns worth handing to a thread
 
 // What one read of a row, or of a segment of it, yields.
 struct RowSums {
-  Sums sums{-INFINITY, 0.0f, 0.0f, 0.0f};
+  Sums sums = no_sums();
   std::array<float, kMaxTopk> top;
 
   RowSums() { top.fill(-INFINITY); }
@@ -92,7 +92,7 @@ class Reader {
   void store_stats(float* stats, int64_t row, const RowSums& all) const {
     const int64_t column = shard_.target(row);
     const Sums& s = all.sums;
-    const float values[kStats] = {s.m, s.s1, s.s2, s.sh,
+    const float values[kStats] = {s.m, s.rest, s.s2, s.sh,
                                   column >= 0 ? to_float(this->row(row)[column]) : 0.0f};
     for (int i = 0; i < kStats; ++i) stats[i * shard_.rows + row] = values[i];
     for (int64_t i = 0; i < topk_; ++i) stats[(kStats + i) * shard_.rows + row] = all.top[i];

@@ -8,7 +8,7 @@ namespace megatron_deft::cpu {
 // z, out: `n` elements of type T, n >= 0. z and out are the same row or do not overlap.
 template <typename T>
 struct RowKernels {
-  // The sums of z relative to its maximum; -inf and zeros for n = 0. `top`: the `topk` largest so
+  // The sums of z relative to its maximum; no_sums() for n = 0. `top`: the `topk` largest so
   // far, largest first, brought up to date.
   Sums (*sums)(const T* z, int64_t n, float* top, int64_t topk);
   // out[i] = scale * exp(z[i] - m)

@@ -25,6 +25,15 @@ MDEFT_VEC_FN unsigned not_le(Vec a, Vec b) {
   return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_NLE_UQ));
 }
 
+// Bit i: a[i] == b[i].
+MDEFT_VEC_FN unsigned equal(Vec a, Vec b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ));
+}
+// x, or 0 where a == b.
+MDEFT_VEC_FN Vec zero_where_equal(Vec x, Vec a, Vec b) {
+  return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_NEQ_UQ), x);
+}
+
 MDEFT_VEC_FN void load(const float* p, Vec& a, Vec& b) {
   a = _mm256_loadu_ps(p);
   b = _mm256_loadu_ps(p + kWidth);

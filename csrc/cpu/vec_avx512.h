@@ -23,6 +23,15 @@ MDEFT_VEC_FN Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 // Bit i: a[i] > b[i], or either is nan.
 MDEFT_VEC_FN unsigned not_le(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLE_UQ); }
 
+// Bit i: a[i] == b[i].
+MDEFT_VEC_FN unsigned equal(Vec a, Vec b) {
+  return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ);
+}
+// x, or 0 where a == b.
+MDEFT_VEC_FN Vec zero_where_equal(Vec x, Vec a, Vec b) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_NEQ_UQ), x);
+}
+
 MDEFT_VEC_FN void load(const float* p, Vec& a, Vec& b) {
   a = _mm512_loadu_ps(p);
   b = _mm512_loadu_ps(p + kWidth);

@@ -26,6 +26,16 @@ MDEFT_VEC_FN unsigned not_le(Vec a, Vec b) {
   return 0xfu & ~((le[0] & 1u) | (le[1] & 2u) | (le[2] & 4u) | (le[3] & 8u));
 }
 
+// Bit i: a[i] == b[i].
+MDEFT_VEC_FN unsigned equal(Vec a, Vec b) {
+  const Bits eq = a == b;
+  return (eq[0] & 1u) | (eq[1] & 2u) | (eq[2] & 4u) | (eq[3] & 8u);
+}
+// x, or 0 where a == b.
+MDEFT_VEC_FN Vec zero_where_equal(Vec x, Vec a, Vec b) {
+  return a == b ? set1(0.0f) : x;
+}
+
 template <typename T>
 MDEFT_VEC_FN void load(const T* p, Vec& a, Vec& b) {
   for (int i = 0; i < kWidth; ++i) a[i] = to_float(p[i]);

@@ -149,8 +149,8 @@ def _row_stats(logits: Tensor, labels: Tensor) -> Prepared:
     shard = (0, logits.shape[1], IGNORE)
 
     def outcome(stats: Tensor) -> Outcome:
-        row_max, sum_exp, _, _, target = stats
-        loss = row_max + sum_exp.log() - target
+        row_max, rest, _, _, target = stats
+        loss = row_max + rest.log1p() - target
         return Outcome(loss.masked_fill(labels == IGNORE, 0.0))
 
     return Prepared(lambda storage: ops.row_stats(storage, labels, *shard), outcome)
@@ -159,9 +159,8 @@ def _row_stats(logits: Tensor, labels: Tensor) -> Prepared:
 def _gate_grad(inplace: bool) -> Callable[[Tensor, Tensor], Prepared]:
     def prepare(logits: Tensor, labels: Tensor) -> Prepared:
         shard = (0, logits.shape[1], IGNORE)
-        row_max, sum_exp, _, _, target = ops.row_stats(logits, labels, *shard)
-        sum_exp = sum_exp.masked_fill(labels == IGNORE, 1.0)
-        rows = (row_max, sum_exp.reciprocal(), (target - row_max - sum_exp.log()).expm1())
+        row_max, rest, _, _, target = ops.row_stats(logits, labels, *shard)
+        rows = (row_max, (1.0 + rest).reciprocal(), (target - row_max - rest.log1p()).expm1())
 
         def run(storage: Tensor) -> Tensor:
             return ops.gate_grad(storage, labels, *rows, *shard, inplace=inplace)

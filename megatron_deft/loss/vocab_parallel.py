@@ -75,18 +75,19 @@ def merge(parts: Tensor, valid: Tensor) -> _Merged:
     """Combine the shards' sums [ranks, 5 + k, N] into statistics of the whole row.
 
     m_r are the shards' maxima and M theirs; a shard's sums are brought from m_r to M by
-    f = exp(m_r - M): S1 by f, S2 by f^2, and Sh = f (Sh_r + (m_r - M) S1_r).
+    f = exp(m_r - M): S1 by f, S2 by f^2, and Sh = f (Sh_r + (m_r - M) S1_r). S1 - 1, which
+    `row_stats` gives, keeps its digits: the 1 that is left out belongs to the shard of the maximum.
     """
-    shard_max, s1, s2, sh, target = parts[:, :5].unbind(1)
-    row_max = shard_max.amax(0)
+    shard_max, rest, s2, sh, target = parts[:, :5].unbind(1)
+    row_max, owner = shard_max.max(0)
     shift = shard_max - row_max
     factor = shift.exp()
     # An empty or negligible shard has f = 0 and perhaps shift = -inf: its term is 0, not nan.
-    sh = (factor * (sh + shift * s1)).masked_fill(factor == 0, 0.0).sum(0)
-    s1 = (factor * s1).sum(0)
+    sh = (factor * (sh + shift * (1.0 + rest))).masked_fill(factor == 0, 0.0).sum(0)
+    rest = (factor * rest).sum(0) + factor.scatter(0, owner[None], 0.0).sum(0)
+    s1 = 1.0 + rest
     s2 = (factor.square() * s2).sum(0)
     target = target.sum(0)  # one rank owns the target, the others hold 0
-    s1 = s1.masked_fill(~valid, 1.0)
     top = None
     if parts.shape[1] > 5:
         k = parts.shape[1] - 5
@@ -94,9 +95,9 @@ def merge(parts: Tensor, valid: Tensor) -> _Merged:
     return _Merged(
         row_max=row_max,
         sum_exp=s1,
-        logp=target - row_max - s1.log(),
+        logp=target - row_max - rest.log1p(),
         collision=s2 / s1.square(),
-        entropy=s1.log() - sh / s1,
+        entropy=rest.log1p() - sh / s1,
         is_argmax=(target >= row_max) & valid,
         top=top,
     )

@@ -26,18 +26,21 @@ def row_stats(
     vocab_start: global index of the shard's first column
     vocab_valid: number of real columns in this shard, 0 <= vocab_valid <= V_local
     topk:        0 to 32
-    returns:     [5 + topk, N] fp32 with m = max z, S1 = sum e, S2 = sum e^2, Sh = sum e (z - m),
-                 where e = exp(z - m), and z_y (0 where another shard owns the target); then the
-                 largest logits, largest first, -inf where the shard has fewer real columns. An
-                 empty shard gives m = -inf and zeros, an ignored row zeros.
+    returns:     [5 + topk, N] fp32 with m = max z, S1 - 1, S2 = sum e^2, Sh = sum e (z - m), where
+                 e = exp(z - m) and S1 = sum e, and z_y (0 where another shard owns the target);
+                 then the largest logits, largest first, -inf where the shard has fewer real
+                 columns. An empty shard gives m = -inf, S1 - 1 = -1 and zeros, an ignored row zeros.
+
+    S1 - 1 is summed without one largest element, whose e is 1: where the model is sure of a token,
+    it is far below the last digit of S1, and log p, entropy and the target's gradient hang on it.
     """
     labels = labels.reshape(-1)
     z = logits.reshape(labels.numel(), -1)[:, :vocab_valid].float()
     if vocab_valid == 0:
         out = z.new_zeros(5, labels.numel())
-        out[0] = -torch.inf
+        out[0], out[1] = -torch.inf, -1.0
     else:
-        m = z.amax(dim=-1)
+        m, largest = z.max(dim=-1)
         # a shard of -inf alone has m = -inf, where the difference would be nan
         d = (z - m[:, None]).masked_fill(z == -torch.inf, -torch.inf)
         e = d.exp()
@@ -45,9 +48,11 @@ def row_stats(
         owned = (column >= 0) & (column < vocab_valid)
         z_y = z.gather(1, column.clamp(0, vocab_valid - 1)[:, None])[:, 0].masked_fill(~owned, 0.0)
         # e = 0 comes with z - m = -inf: that product is 0, not nan.
-        out = torch.stack(
-            [m, e.sum(-1), e.square().sum(-1), (e * d).masked_fill(e == 0, 0.0).sum(-1), z_y]
-        )
+        sh = (e * d).masked_fill(e == 0, 0.0).sum(-1)
+        s2 = e.square().sum(-1)
+        # where all are -inf, even the largest e is 0; a nan stays one
+        rest = e.scatter(1, largest[:, None], 0.0).sum(-1) + (0.0 * s2 - (m == -torch.inf).float())
+        out = torch.stack([m, rest, s2, sh, z_y])
     if topk:
         top = z.topk(min(topk, vocab_valid), dim=-1).values.t()
         top = torch.nn.functional.pad(top, (0, 0, 0, topk - top.shape[0]), value=-torch.inf)
@@ -111,8 +116,9 @@ def gate_grad_(
 def _gate(numbers: Sequence[float], stats: Tensor) -> Tensor:
     """The gate of each row [N] from its statistics [5 + topk, N] (see `objectives.Gate`)."""
     exponent_of, exponent, eps, low, high, entropy_power, entropy_scale, _ = numbers
-    m, s1, s2, sh, z_y = stats[:5]
-    logp = z_y - m - s1.log()
+    m, rest, s2, sh, z_y = stats[:5]
+    s1 = 1.0 + rest
+    logp = z_y - m - rest.log1p()
     p = logp.exp()
     cayley = ((p - 1e-8) / (2.0 + 2e-8 - p)).clamp(1e-3, 1.0)
     a = (torch.full_like(p, exponent), s2 / s1.square(), cayley)[int(exponent_of)]
@@ -122,7 +128,7 @@ def _gate(numbers: Sequence[float], stats: Tensor) -> Tensor:
     if entropy_power > 0:
         logq = stats[5:].log_softmax(0)
         top = -(logq.exp() * logq).masked_fill(logq == -torch.inf, 0.0).sum(0)
-        entropy = top if stats.shape[0] > 5 else s1.log() - sh / s1
+        entropy = top if stats.shape[0] > 5 else rest.log1p() - sh / s1
         gate = gate * (entropy.clamp(min=0.0) / entropy_scale) ** entropy_power
     dropped = ((low > -math.inf) & ~(p >= low)) | ((high < math.inf) & ~(p <= high))
     return gate.masked_fill(dropped, 0.0)
@@ -142,13 +148,13 @@ def row_stats_grad(
     returns: (`row_stats` with the gate's topk, `gate_grad` with coeff = the gate)
     """
     stats = row_stats(logits, labels, 0, vocab_valid, ignore_index, int(gate[7]))
-    logp = stats[4] - stats[0] - stats[1].log()
+    logp = stats[4] - stats[0] - stats[1].log1p()
     coeff = _gate(gate, stats)
     grad = gate_grad(
         logits,
         labels,
         stats[0],
-        coeff / stats[1],
+        coeff / (1.0 + stats[1]),
         coeff * logp.expm1(),
         0,
         vocab_valid,
