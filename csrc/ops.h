@@ -72,7 +72,9 @@ struct Rows {
   }
 };
 
-inline const float* per_row(const at::Tensor& t, int64_t rows, const char* name) {
+inline const float* per_row(const at::Tensor& t, int64_t rows, const at::Device& device,
+                            const char* name) {
+  TORCH_CHECK_VALUE(t.device() == device, name, ": expected device ", device, ", got ", t.device());
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat && t.is_contiguous() && t.numel() == rows, name,
                     ": expected ", rows, " contiguous float32 values, got ", t.sizes(), " ",
                     t.scalar_type());
@@ -83,8 +85,10 @@ inline Gradient gradient_of_rows(const Rows& rows, const at::Tensor& row_max,
                                  const at::Tensor& scale, const at::Tensor& target_grad,
                                  const at::Tensor& out) {
   const int64_t n = rows.shard.rows;
-  return {out.mutable_data_ptr(), row_stride_of(out, "out"), per_row(row_max, n, "row_max"),
-          per_row(scale, n, "scale"), per_row(target_grad, n, "target_grad")};
+  const at::Device device = out.device();
+  return {out.mutable_data_ptr(), row_stride_of(out, "out"),
+          per_row(row_max, n, device, "row_max"), per_row(scale, n, device, "scale"),
+          per_row(target_grad, n, device, "target_grad")};
 }
 
 // The numbers in the order of megatron_deft.objectives.Gate.

@@ -221,7 +221,7 @@ at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels
 void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& factor,
                  int64_t ignore_index) {
   const Rows rows(grad, labels, 0, grad.size(-1), ignore_index);
-  const float* factors = per_row(factor, rows.shard.rows, "factor");
+  const float* factors = per_row(factor, rows.shard.rows, grad.device(), "factor");
   dispatch(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     T* out = static_cast<T*>(grad.mutable_data_ptr());

@@ -156,10 +156,11 @@ __device__ __forceinline__ float cluster_top(const float* list, int parts) {
 
 // entropy_of (gate.h), an element in each lane: lane i holds the i-th largest.
 __device__ __forceinline__ float warp_entropy(float x, int topk) {
+  const int lane = threadIdx.x % kWarp;
   const float d = x - __shfl_sync(0xffffffffu, x, 0);
-  const float e = static_cast<int>(threadIdx.x % kWarp) < topk ? expf(d) : 0.0f;
-  const float s = warp_sum(e);
-  return logf(s) - warp_sum(e != 0.0f ? e * d : 0.0f) / s;
+  const float e = lane < topk ? expf(d) : 0.0f;
+  const float others = warp_sum(lane > 0 ? e : 0.0f);
+  return log1pf(others) - warp_sum(e != 0.0f ? e * d : 0.0f) / (1.0f + others);
 }
 
 }  // namespace megatron_deft::cuda

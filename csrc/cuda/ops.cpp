@@ -68,7 +68,7 @@ void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& f
                  int64_t ignore_index) {
   const c10::cuda::CUDAGuard guard(grad.device());
   const Rows rows(grad, labels, 0, grad.size(-1), ignore_index);
-  C10_CUDA_CHECK(launch_scale_rows(rows.shard, per_row(factor, rows.shard.rows, "factor"),
+  C10_CUDA_CHECK(launch_scale_rows(rows.shard, per_row(factor, rows.shard.rows, grad.device(), "factor"),
                                    dtype_of(grad), stream()));
 }
 

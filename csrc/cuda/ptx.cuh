@@ -68,6 +68,9 @@ __host__ __device__ __forceinline__ float max_nan(float a, float b) {
 #endif
 }
 
+// The largest of the warp's, in every lane.
+__device__ __forceinline__ int warp_max(int x) { return __reduce_max_sync(0xffffffffu, x); }
+
 // The same value, about which the compiler knows nothing: it computes from it anew instead of keeping
 // earlier results in registers.
 __device__ __forceinline__ Vector forgotten(Vector v) {

@@ -14,8 +14,8 @@ struct NoTop {
 
 // The thread's sums. Where the source prefetches, the next batch is on its way while one is added.
 template <typename T, typename Source, typename Top>
-__device__ __forceinline__ Sums reduce(const Source& source, int items, Top& top) {
-  Sums sums = no_sums();
+__device__ __forceinline__ ThreadSums reduce(const Source& source, int items, Top& top) {
+  ThreadSums sums;
   const int step = kBatch * blockDim.x;
   Vector next[kBatch];
   if (Source::kPrefetch) source.load(0, next);
@@ -30,7 +30,9 @@ __device__ __forceinline__ Sums reduce(const Source& source, int items, Top& top
     }
     const float largest = largest_of<T>(batch);
     top.add(batch, largest);
-    if (first + static_cast<int>(threadIdx.x) < items) add_batch<T>(batch, largest, sums);
+    // whole warps, whose last lanes may hold nothing
+    if (first + static_cast<int>(threadIdx.x / kWarp * kWarp) < items)
+      add_batch<T>(batch, largest, sums);
   }
   return sums;
 }
@@ -48,7 +50,7 @@ __device__ __forceinline__ void store_stats(float* stats, int64_t rows, int64_t 
   stats += row;
   if (lane == 0) {
     stats[0] = sums.m;
-    stats[rows] = sums.s1;
+    stats[rows] = sums.rest;
     stats[2 * rows] = sums.s2;
     stats[3 * rows] = sums.sh;
     stats[4 * rows] = z_y;

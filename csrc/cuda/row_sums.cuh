@@ -29,15 +29,21 @@ MDEFT_HOST_DEVICE float exp_of(float d) {
 // z - m, of which e^d and e^d * d are finite; nan stays nan.
 MDEFT_HOST_DEVICE float distance(float z, float m) { return ptx::max_nan(z - m, kFarBelow); }
 
-MDEFT_HOST_DEVICE Sums no_sums() { return {-INFINITY, 0.0f, 0.0f, 0.0f}; }
+// A thread's sums. m is the maximum of all its warp has seen; s1 leaves out the elements that equal
+// it, `largest` of them, beside which no digit of the others would survive (see Sums::rest).
+struct ThreadSums {
+  float m = -INFINITY;
+  int largest = 0;
+  float s1 = 0.0f, s2 = 0.0f, sh = 0.0f;
+};
 
-// The same sums relative to the maximum `m`, not below their own.
-MDEFT_HOST_DEVICE Sums moved_to(const Sums& sums, float m) {
-  if (sums.m == m) return sums;
+// The same sums relative to a larger maximum, which none of their elements is.
+MDEFT_HOST_DEVICE ThreadSums moved_to(const ThreadSums& sums, float m) {
   const float shift = sums.m - m;  // -inf if there were none before
   const float f = shift == -INFINITY ? 0.0f : exp_of<float>(shift);
-  const float sh = f > 0.0f ? f * (sums.sh + shift * sums.s1) : 0.0f * sums.s1;  // nan stays nan
-  return {m, f * sums.s1, f * f * sums.s2, sh};
+  const float s1 = sums.s1 + static_cast<float>(sums.largest);
+  const float sh = f > 0.0f ? f * (sums.sh + shift * s1) : 0.0f * s1;  // nan stays nan
+  return {m, 0, f * s1, f * f * sums.s2, sh};
 }
 
 template <typename T>
@@ -49,28 +55,6 @@ __device__ __forceinline__ float largest_of(const Vector (&batch)[kBatch]) {
   float x[Word<T>::kElements];
   Word<T>::unpack(largest, x);
   return Word<T>::kElements == 1 ? x[0] : fmaxf(x[0], x[Word<T>::kElements - 1]);
-}
-
-// Adds a batch whose maximum is known. The sums move to a new maximum at most once for the whole
-// batch; then each element costs a subtraction, a clamp, a product, an exponential and three sums.
-template <typename T>
-__device__ __forceinline__ void add_batch(const Vector (&batch)[kBatch], float largest, Sums& sums) {
-  if (largest > sums.m) sums = moved_to(sums, largest);
-  const float m = sums.m == -INFINITY ? 0.0f : sums.m;  // -inf - -inf would be nan
-  // Summed apart first: fewer roundings of the large running sums.
-  float s1 = 0.0f, s2 = 0.0f, sh = 0.0f;
-#pragma unroll
-  for (int u = 0; u < kBatch; ++u)
-    for_each<T>(batch[u], [&](float x) {
-      const float d = distance(x, m);
-      const float e = exp_of<T>(d);
-      s1 += e;
-      s2 += e * e;
-      sh += e * d;
-    });
-  sums.s1 += s1;
-  sums.s2 += s2;
-  sums.sh += sh;
 }
 
 // Butterflies: every lane has the result, and a + b = b + a makes it the same bits.
@@ -86,10 +70,66 @@ __device__ __forceinline__ float warp_sum(float x) {
     x += __shfl_xor_sync(0xffffffffu, x, offset);
   return x;
 }
-// One exponential for each lane; a tree of `merge` would need ten.
+// The largest of a warp, one instruction where threads give whole numbers: floats as integers are in
+// order if positive and backwards if negative. nan counts as -inf.
+__device__ __forceinline__ float warp_max_number(float x) {
+  int bits = bits_as<int>(fmaxf(x, -INFINITY));
+  bits = ptx::warp_max(bits < 0 ? bits ^ 0x7fffffff : bits);
+  return bits_as<float>(bits < 0 ? bits ^ 0x7fffffff : bits);
+}
+
+template <bool kLargest, typename T>
+__device__ __forceinline__ void add_exponentials(const Vector (&batch)[kBatch], ThreadSums& sums) {
+  const float m = sums.m == -INFINITY ? 0.0f : sums.m;  // -inf - -inf would be nan
+  // Summed apart first: fewer roundings of the large running sums.
+  float s1 = 0.0f, s2 = 0.0f, sh = 0.0f;
+#pragma unroll
+  for (int u = 0; u < kBatch; ++u)
+    for_each<T>(batch[u], [&](float x) {
+      const float d = distance(x, m);
+      const float e = exp_of<T>(d);
+      if (kLargest && d >= 0.0f) ++sums.largest;
+      else s1 += e;
+      s2 += e * e;
+      sh += e * d;
+    });
+  sums.s1 += s1;
+  sums.s2 += s2;
+  sums.sh += sh;
+}
+
+// Adds a batch of each lane of a warp, of which `largest` is the lane's maximum. The sums move to a
+// new maximum at most once for a batch, all lanes together; then each element costs a subtraction, a
+// clamp, a product, an exponential and three sums, and a comparison in the few batches that hold the
+// warp's maximum.
+template <typename T>
+__device__ __forceinline__ void add_batch(const Vector (&batch)[kBatch], float largest,
+                                          ThreadSums& sums) {
+  const float of_warp = warp_max_number(largest);
+  if (of_warp > sums.m) sums = moved_to(sums, of_warp);
+  if (of_warp == sums.m && of_warp > -INFINITY) add_exponentials<true, T>(batch, sums);
+  else add_exponentials<false, T>(batch, sums);
+}
+
+// The sums of a warp's threads, which share m, in every lane.
+__device__ __forceinline__ Sums warp_sums(const ThreadSums& sums) {
+  const float largest = warp_sum(static_cast<float>(sums.largest));
+  return {sums.m, warp_sum(sums.s1) + (largest - 1.0f), warp_sum(sums.s2), warp_sum(sums.sh)};
+}
+
+// The union of a warp's parts, one in each lane, in every lane: what a tree of `merge` would give,
+// with one exponential instead of ten.
 __device__ __forceinline__ Sums warp_sums(const Sums& sums) {
-  const Sums own = moved_to(sums, warp_max(sums.m));
-  return {own.m, warp_sum(own.s1), warp_sum(own.s2), warp_sum(own.sh)};
+  const float m = warp_max(sums.m);
+  const bool highest = sums.m == m;
+  const float shift = sums.m - m;  // -inf if the lane has no part
+  const float f = highest ? 1.0f : (shift == -INFINITY ? 0.0f : exp_of<float>(shift));
+  const float s1 = 1.0f + sums.rest;
+  // one largest element is left out of each part of the highest; all but one of them return
+  const float rest = warp_sum(highest ? sums.rest : f * s1);
+  const float left_out = warp_sum(highest ? 1.0f : 0.0f);
+  const float sh = highest ? sums.sh : (f > 0.0f ? f * (sums.sh + shift * s1) : 0.0f * s1);
+  return {m, rest + (left_out - 1.0f), warp_sum(f * f * sums.s2), warp_sum(sh)};
 }
 
 struct SumsShared {
@@ -100,7 +140,8 @@ struct SumsShared {
 // The cluster's sums in every lane of each block's warp 0; undefined in other warps. Every thread of
 // the cluster has arrived when it returns. The caller must see to it that no block ends before its
 // peers have read: cluster_arrive after this, cluster_wait before the end (where parts > 1).
-__device__ __forceinline__ Sums cluster_sums(const Sums& of_thread, SumsShared& shared, int parts) {
+__device__ __forceinline__ Sums cluster_sums(const ThreadSums& of_thread, SumsShared& shared,
+                                             int parts) {
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const Sums of_warp = warp_sums(of_thread);
   if (lane == 0) shared.of_warp[warp] = of_warp;

@@ -121,17 +121,17 @@ __global__ void __launch_bounds__(kThreads<kOnChip, kTopk>, kBlocks<kOnChip, kTo
     else
       return Source{slice};
   }();
-  Sums sums;
+  ThreadSums of_thread;
   const float* list = nullptr;
   if constexpr (kTopk) {
     BlockTop<T> top(shared.top, topk, slice.count * kPerVector<T> + slice.scalars);
-    sums = reduce<T>(source, slice.items(), top);
+    of_thread = reduce<T>(source, slice.items(), top);
     list = top.finish();
   } else {
     NoTop top;
-    sums = reduce<T>(source, slice.items(), top);
+    of_thread = reduce<T>(source, slice.items(), top);
   }
-  sums = cluster_sums(sums, shared.sums, parts);
+  const Sums sums = cluster_sums(of_thread, shared.sums, parts);
   if (threadIdx.x < kWarp) {
     const float x = kTopk ? cluster_top(list, parts) : 0.0f;
     const float entropy = kTopk ? warp_entropy(x, topk) : 0.0f;

@@ -34,17 +34,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTopk>)
   const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
   const Slice<T> slice(z, shard.vocab_valid, part, parts);
   const FromGlobal<T, Read::kOnly> source{slice};
-  Sums sums;
+  ThreadSums of_thread;
   const float* list = nullptr;
   if constexpr (kTopk) {
     BlockTop<T> top(shared.top, topk, slice.count * kPerVector<T> + slice.scalars);
-    sums = reduce<T>(source, slice.items(), top);
+    of_thread = reduce<T>(source, slice.items(), top);
     list = top.finish();
   } else {
     NoTop top;
-    sums = reduce<T>(source, slice.items(), top);
+    of_thread = reduce<T>(source, slice.items(), top);
   }
-  sums = cluster_sums(sums, shared.sums, parts);
+  const Sums sums = cluster_sums(of_thread, shared.sums, parts);
   if (threadIdx.x < kWarp) {
     const float x = kTopk ? cluster_top(list, parts) : 0.0f;
     if (part == 0)

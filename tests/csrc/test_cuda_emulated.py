@@ -69,12 +69,14 @@ def out_rows(logits: Rows, gap: int, offset: int) -> Rows:
 
 
 def float64_sums(z: Tensor) -> Tensor:
-    """S1, S2, Sh of each row."""
+    """S1 - 1, S2, Sh of each row."""
     z = z.double()
-    m = z.amax(-1, keepdim=True)
+    m, largest = z.max(-1, keepdim=True)
     d = (z - m).masked_fill(z == -math.inf, -math.inf)
     e = d.exp()
-    return torch.stack([e.sum(-1), e.square().sum(-1), (e * d).masked_fill(e == 0, 0.0).sum(-1)])
+    others = e.scatter(1, largest, 0.0).sum(-1) - (m[:, 0] == -math.inf).double()
+    others = others + 0.0 * e.sum(-1)  # nan stays nan
+    return torch.stack([others, e.square().sum(-1), (e * d).masked_fill(e == 0, 0.0).sum(-1)])
 
 
 def check_stats(case: Case, got: Tensor) -> None:

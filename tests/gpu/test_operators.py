@@ -52,7 +52,7 @@ def check_stats(got: Tensor, logits: Tensor, labels: Tensor, valid: int, topk: i
         z = logits[row, :valid].double()
         d = z - z.max()
         e = d.exp()
-        exact = torch.stack([e.sum(), e.square().sum(), (e * d).sum()])
+        exact = torch.stack([e.sum() - 1, e.square().sum(), (e * d).sum()])
         torch.testing.assert_close(got[1:4, row].double(), exact, rtol=2e-6, atol=1e-7)
 
 
@@ -225,7 +225,7 @@ def every_operator(logits: Tensor, labels: Tensor, factor: Tensor) -> list[Tenso
     """Each operator once, without a transfer between host and device."""
     valid = logits.shape[-1]
     stats = native.row_stats(logits, labels, 0, valid, IGNORE, 20)
-    rows = (stats[0], 1 / stats[1], -torch.ones_like(stats[1]))
+    rows = (stats[0], 1 / (1 + stats[1]), -torch.ones_like(stats[1]))
     grad = native.gate_grad(logits, labels, *rows, 0, valid, IGNORE)
     both = native.row_stats_grad(logits, labels, EAFT, valid, IGNORE)
     in_place, over = logits.clone(), logits.clone()

@@ -35,6 +35,14 @@ inline float exp2_approx(float x) {
 }
 inline float max_nan(float a, float b) { return b > a || b != b ? b : a; }
 
+inline int warp_max(int x) {
+  for (int offset = 16; offset > 0; offset /= 2) {
+    const int other = __shfl_xor_sync(0xffffffffu, x, offset);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
 inline Vector forgotten(Vector v) { return v; }
 
 unsigned char* shared_memory();
