@@ -47,6 +47,8 @@ __device__ __forceinline__ float joined(float x, float backwards) {
 template <typename T>
 class BlockTop {
  public:
+  static constexpr bool kSelects = true;
+
   // All threads of the block call every function. `elements`: in the slice.
   __device__ BlockTop(TopShared& shared, int topk, int elements)
       : shared_(shared), topk_(topk), many_(elements > kTopCapacity) {

@@ -9,19 +9,22 @@
 namespace megatron_deft::cuda {
 
 struct NoTop {
+  static constexpr bool kSelects = false;
   __device__ __forceinline__ void add(const Vector (&)[kBatch], float) {}
 };
 
-// The thread's sums. Where the source prefetches, the next batch is on its way while one is added.
+// The thread's sums. Where the source prefetches, the next batch is on its way while one is added;
+// not beside a selection, for whose registers other blocks would have to leave.
 template <typename T, typename Source, typename Top>
 __device__ __forceinline__ ThreadSums reduce(const Source& source, int items, Top& top) {
   ThreadSums sums;
   const int step = kBatch * blockDim.x;
+  constexpr bool kPrefetch = Source::kPrefetch && !Top::kSelects;
   Vector next[kBatch];
-  if (Source::kPrefetch) source.load(0, next);
+  if (kPrefetch) source.load(0, next);
   for (int first = 0; first < items; first += step) {
     Vector batch[kBatch];
-    if (Source::kPrefetch) {
+    if (kPrefetch) {
 #pragma unroll
       for (int u = 0; u < kBatch; ++u) batch[u] = next[u];
       if (first + step < items) source.load(first + step, next);
@@ -29,10 +32,10 @@ __device__ __forceinline__ ThreadSums reduce(const Source& source, int items, To
       source.load(first, batch);
     }
     const float largest = largest_of<T>(batch);
-    top.add(batch, largest);
     // whole warps, whose last lanes may hold nothing
     if (first + static_cast<int>(threadIdx.x / kWarp * kWarp) < items)
       add_batch<T>(batch, largest, sums);
+    top.add(batch, largest);
   }
   return sums;
 }

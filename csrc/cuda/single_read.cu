@@ -17,8 +17,14 @@ namespace {
 
 template <bool kOnChip, bool kTopk>
 constexpr int kThreads = most_threads(kOnChip, kTopk);
+// Of a multiprocessor, at the least. With three, the selection on sm_100 would spill registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kBlocksSelecting = 2;
+#else
+constexpr int kBlocksSelecting = 3;
+#endif
 template <bool kOnChip, bool kTopk>
-constexpr int kBlocks = kOnChip == kTopk ? 3 : 2;  // of a multiprocessor, at the least
+constexpr int kBlocks = kOnChip ? (kTopk ? kBlocksSelecting : 2) : (kTopk ? 2 : 3);
 constexpr int kCopies = 8;  // of a slice: summing starts when the first has arrived
 
 struct Shared {

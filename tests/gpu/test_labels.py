@@ -22,3 +22,12 @@ def test_a_label_out_of_range_is_nan_and_is_told_later(wrong: int, grad_in_forwa
     with pytest.raises(UserError, match="labels: 1 on cuda:0 were neither in the vocabulary nor"):
         raise_on_wrong_labels()
     raise_on_wrong_labels()  # told once
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_rows_on_another_device_are_refused(at: int) -> None:
+    rows = [torch.zeros(2, device="cuda") for _ in range(3)]
+    rows[at] = rows[at].cpu()
+    logits, labels = torch.zeros(2, 4, device="cuda"), torch.zeros(2, device="cuda").long()
+    with pytest.raises(ValueError, match="expected device cuda:0, got cpu"):
+        torch.ops.megatron_deft.gate_grad(logits, labels, *rows, 0, 4, -100)
