@@ -29,7 +29,8 @@ def row_stats(
     returns:     [5 + topk, N] fp32 with m = max z, S1 - 1, S2 = sum e^2, Sh = sum e (z - m), where
                  e = exp(z - m) and S1 = sum e, and z_y (0 where another shard owns the target);
                  then the largest logits, largest first, -inf where the shard has fewer real
-                 columns. An empty shard gives m = -inf, S1 - 1 = -1 and zeros, an ignored row zeros.
+                 columns. An empty shard gives m = -inf, S1 - 1 = -1 and zeros, an ignored row
+                 zeros.
 
     S1 - 1 is summed without one largest element, whose e is 1: where the model is sure of a token,
     it is far below the last digit of S1, and log p, entropy and the target's gradient hang on it.
