@@ -83,3 +83,21 @@ def test_quickstart_table_is_the_committed_measurement() -> None:
 def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_benchmark_figures_are_the_committed_measurement() -> None:
+    recorded = json.loads((ROOT / "tools" / "bench_results" / "cpu.json").read_text())
+    assert recorded["complete"]
+    rows = {row["name"]: row for row in recorded["rows"] if row["ignored"] == 0}
+    table = re.findall(
+        r"^\| `([a-z-]+)` \| .* \| (\S+) \| (\S+) \| (\S+) \| (\S+) \|$", README, re.M
+    )
+    assert len(table) == 8
+    for name, *cells in table:
+        row = rows[name]
+        speedups = (row["speedup_over"][peer] for peer in ("eager-nll", "eager-deft"))
+        figures = (row["median_ms"], *speedups)
+        assert cells == [f"{x:.1f}" for x in figures] + [f"{row['extra_bytes_per_logit']:.2f}"]
+    for name in ("row_stats", "gate_grad", "read", "copy"):
+        text = README.replace("\n", " ")
+        assert re.search(rf"`{name}` (took )?{rows[name]['median_ms']:.1f}", text), name
