@@ -36,7 +36,7 @@ def row_stats(
     it is far below the last digit of S1, and log p, entropy and the target's gradient hang on it.
     """
     labels = labels.reshape(-1)
-    z = logits.reshape(labels.numel(), -1)[:, :vocab_valid].float()
+    z = logits.reshape(labels.numel(), logits.shape[-1])[:, :vocab_valid].float()
     if vocab_valid == 0:
         out = z.new_zeros(5, labels.numel())
         out[0], out[1] = -torch.inf, -1.0
@@ -84,7 +84,7 @@ def gate_grad(
     """
     shape = logits.shape
     labels = labels.reshape(-1)
-    z = logits.reshape(labels.numel(), -1)
+    z = logits.reshape(labels.numel(), logits.shape[-1])
     grad = (z.float() - row_max[:, None]).exp_().mul_(scale[:, None])
     column = labels - vocab_start
     owned = (column >= 0) & (column < vocab_valid)
