@@ -40,6 +40,25 @@ __device__ __forceinline__ ThreadSums reduce(const Source& source, int items, To
   return sums;
 }
 
+// What a block knows of its slice before it asks its peers.
+struct SliceSums {
+  ThreadSums of_thread;
+  const float* top;  // sorted, in shared memory; null without kTopk
+};
+
+template <bool kTopk, typename T, typename Source, typename Shared>
+__device__ __forceinline__ SliceSums reduce_slice(const Source& source, const Slice<T>& slice,
+                                                  Shared& shared, int topk) {
+  if constexpr (kTopk) {
+    BlockTop<T> top(shared.top, topk, slice.count * kPerVector<T> + slice.scalars);
+    const ThreadSums of_thread = reduce<T>(source, slice.items(), top);
+    return {of_thread, top.finish()};
+  } else {
+    NoTop top;
+    return {reduce<T>(source, slice.items(), top), nullptr};
+  }
+}
+
 // The target's logit; 0 where another shard holds it.
 template <typename T>
 __device__ __forceinline__ float target_logit(const T* row, int64_t target) {

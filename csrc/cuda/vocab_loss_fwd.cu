@@ -34,19 +34,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTopk>)
   const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
   const Slice<T> slice(z, shard.vocab_valid, part, parts);
   const FromGlobal<T, Read::kOnly> source{slice};
-  ThreadSums of_thread;
-  const float* list = nullptr;
-  if constexpr (kTopk) {
-    BlockTop<T> top(shared.top, topk, slice.count * kPerVector<T> + slice.scalars);
-    of_thread = reduce<T>(source, slice.items(), top);
-    list = top.finish();
-  } else {
-    NoTop top;
-    of_thread = reduce<T>(source, slice.items(), top);
-  }
-  const Sums sums = cluster_sums(of_thread, shared.sums, parts);
+  const SliceSums slice_sums = reduce_slice<kTopk>(source, slice, shared, topk);
+  const Sums sums = cluster_sums(slice_sums.of_thread, shared.sums, parts);
   if (threadIdx.x < kWarp) {
-    const float x = kTopk ? cluster_top(list, parts) : 0.0f;
+    const float x = kTopk ? cluster_top(slice_sums.top, parts) : 0.0f;
     if (part == 0)
       store_stats(stats, shard.rows, row, sums, target_logit(z, shard.target(row)), x, topk);
   }
