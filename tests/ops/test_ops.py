@@ -40,7 +40,7 @@ def inputs(
 
 # the last ones are cut into segments: several threads share a row
 SHAPES = [(1, 1), (2, 1), (31, 31), (33, 30), (512, 512), (513, 511), (5003, 5000), (8, 0)]
-SHAPES += [(32768, 32768), (70001, 69999)]
+SHAPES += [(32768, 32768), (70001, 69999), (300_000, 299_999)]
 
 
 @pytest.mark.parametrize("topk", [0, 1, 20, 32])
@@ -159,6 +159,25 @@ def test_scale_rows_touches_only_what_it_must(ops: Any, dtype: torch.dtype) -> N
     assert bool((got[2] == 0).all())
     assert torch.equal(got[3:5], (grad[3:5].float() * factor[3:5, None]).to(dtype))
     assert bool(got[5].isnan().all())
+
+
+@pytest.mark.parametrize("width", [1, 7, 8, 24])
+def test_labels_at_every_border_belong_to_one_shard(width: int) -> None:
+    vocab = 21  # the last shards hold padding
+    logits = torch.randn(vocab, 24)
+    labels = torch.arange(vocab)
+    ones = torch.ones(vocab)
+    row_max, target = logits[:, :vocab].amax(-1), torch.full((vocab,), -7.0)
+    found, grads = torch.zeros(vocab), []
+    for start in range(0, 24, width):
+        shard = logits[:, start : start + width]
+        valid = min(max(vocab - start, 0), width)
+        found += native.row_stats(shard, labels, start, valid, -100)[4]
+        grads.append(native.gate_grad(shard, labels, row_max, ones, target, start, valid, -100))
+    assert torch.equal(found, logits[labels, labels])
+    grad = torch.cat(grads, 1)
+    assert torch.equal(grad == -7, torch.nn.functional.one_hot(labels, 24).bool())
+    assert bool((grad[:, vocab:] == 0).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
