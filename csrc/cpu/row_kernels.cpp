@@ -33,8 +33,9 @@ Isa choose() {
   if (wanted == nullptr || *wanted == '\0') return top;
   for (int i = static_cast<int>(top); i < 3; ++i)
     if (std::string(wanted) == kNames[i]) return static_cast<Isa>(i);
-  TORCH_CHECK_VALUE(false, "MEGATRON_DEFT_CPU=", wanted, ": this processor runs ",
-                    kNames[static_cast<int>(top)], " and what follows it of avx512, avx2, plain");
+  std::string legal;
+  for (int i = static_cast<int>(top); i < 3; ++i) legal += (legal.empty() ? "" : ", ") + std::string(kNames[i]);
+  TORCH_CHECK_VALUE(false, "MEGATRON_DEFT_CPU=", wanted, ": legal on this processor: ", legal);
 }
 
 Isa chosen() {

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,8 @@ def settings(args: Namespace) -> Settings:
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch finds no GPU here; drop it to measure on the CPU")
+    if args.json and Path(args.json).is_dir():
+        raise UserError(f"--json {args.json}: is a folder; name a file in it")
     repetitions = REPETITIONS[device] if args.repetitions is None else args.repetitions
     threads = torch.get_num_threads() if args.threads is None else args.threads
     for name, value in (("--repetitions", repetitions), ("--threads", threads)):

@@ -28,6 +28,7 @@ def _choose(device_type: str, mode: str) -> ModuleType:
     if mode == "reference":
         return reference
     if device_type in native.devices():
+        native.instruction_set()  # a wrong MEGATRON_DEFT_CPU is told before any kernel runs
         return native
     reason = native.missing(device_type)
     if mode == "native":

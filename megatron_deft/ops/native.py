@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from megatron_deft.errors import UserError
+
 try:
     from megatron_deft import _C  # type: ignore[attr-defined]  # importing it registers the ops
 
@@ -22,9 +24,15 @@ def devices() -> tuple[str, ...]:
 
 
 def instruction_set() -> str:
-    """Which of the CPU kernels run: avx512, avx2 or plain (MEGATRON_DEFT_CPU asks for a lesser)."""
+    """Which of the CPU kernels run: avx512, avx2 or plain (MEGATRON_DEFT_CPU asks for a lesser).
+
+    Errors: UserError when MEGATRON_DEFT_CPU names one that this processor has not.
+    """
     assert _C is not None, "asked for only where the extension loads"
-    return str(_C.instruction_set())
+    try:
+        return str(_C.instruction_set())
+    except ValueError as error:
+        raise UserError(str(error).splitlines()[0]) from None
 
 
 def missing(device_type: str) -> str:

@@ -330,6 +330,15 @@ def test_an_unknown_mode_names_the_legal_ones() -> None:
     assert "legal are auto, native, reference" in done.stderr
 
 
+def test_an_unknown_instruction_set_is_one_line_with_the_legal_ones() -> None:
+    code = "import sys; from megatron_deft.cli import main; sys.exit(main(['doctor']))"
+    done = run({"MEGATRON_DEFT_CPU": "sse"}, code)
+    assert done.returncode == 2
+    assert "error: MEGATRON_DEFT_CPU=sse: legal on this processor: " in done.stderr
+    assert done.stderr.strip().endswith("plain")
+    assert "Traceback" not in done.stderr
+
+
 KERNELS = (
     "test_row_stats or largest or one_sign or nan or writes_every or single_read or scale or exp_is"
 )
@@ -344,7 +353,7 @@ def test_every_instruction_set_passes_these_tests(name: str) -> None:
         return  # what the other tests of this file ran
     forced = run({"MEGATRON_DEFT_CPU": name}, probe)
     if name == "avx512" or (name == "avx2" and best == "plain"):
-        assert f"MEGATRON_DEFT_CPU={name}: this processor runs {best}" in forced.stderr
+        assert f"MEGATRON_DEFT_CPU={name}: legal on this processor: {best}" in forced.stderr
         return
     assert forced.stdout.strip() == name
     done = subprocess.run(
