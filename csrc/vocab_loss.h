@@ -37,8 +37,8 @@ struct Shard {
 
   // Column of the target in this shard, or -1 when another shard owns it.
   MDEFT_HOST_DEVICE int64_t target(int64_t row) const {
-    const int64_t column = labels[row] - vocab_start;
-    return column >= 0 && column < vocab_valid ? column : -1;
+    const int64_t label = labels[row];  // anything: label - vocab_start may overflow below
+    return label >= vocab_start && label - vocab_start < vocab_valid ? label - vocab_start : -1;
   }
   MDEFT_HOST_DEVICE bool ignored(int64_t row) const { return labels[row] == ignore_index; }
 };

@@ -153,7 +153,11 @@ __device__ __forceinline__ Sums cluster_sums(const ThreadSums& of_thread, SumsSh
     if (parts > 1 && lane == 0) shared.of_block = sums;
   }
   if (parts > 1) {
-    ptx::cluster_arrive();
+    // Thread 0 publishes for its block, whose writes the barrier puts before its release: a release
+    // is a fence of the whole GPU, dear among the streaming stores of other blocks.
+    __syncthreads();
+    if (threadIdx.x == 0) ptx::cluster_arrive();
+    else ptx::cluster_arrive_relaxed();
     ptx::cluster_wait();
     if (warp == 0) {
       sums = no_sums();

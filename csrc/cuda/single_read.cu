@@ -57,9 +57,6 @@ struct FromShared {
       : slice(slice_), body(reinterpret_cast<Vector*>(body_)), shared(shared_) {
     const int step = kBatch * blockDim.x;  // of the sums: a copy is whole steps
     copy = ((slice.count + step - 1) / step + kCopies - 1) / kCopies * step;
-    T* ends = reinterpret_cast<T*>(shared.scalars);
-    const int i = threadIdx.x;
-    if (i < slice.scalars) ends[i] = slice.scalar(i);
     if (ptx::kBulkCopies) {
       if (threadIdx.x == 0) {
         ptx::init_barriers(shared.copied, kCopies);
@@ -73,6 +70,9 @@ struct FromShared {
         ptx::thread_copy(body + v, slice.body() + v);
       ptx::wait_for_thread_copies();
     }
+    // after the copies are under way: the thread that asks for them would wait for its scalar
+    const int i = threadIdx.x;
+    if (i < slice.scalars) reinterpret_cast<T*>(shared.scalars)[i] = slice.scalar(i);
     __syncthreads();
   }
 

@@ -32,14 +32,15 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTopk>)
     return;
   }
   const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
+  // asked for now, it is there when the sums are
+  const float z_y = threadIdx.x < kWarp ? target_logit(z, shard.target(row)) : 0.0f;
   const Slice<T> slice(z, shard.vocab_valid, part, parts);
   const FromGlobal<T, Read::kOnly> source{slice};
   const SliceSums slice_sums = reduce_slice<kTopk>(source, slice, shared, topk);
   const Sums sums = cluster_sums(slice_sums.of_thread, shared.sums, parts);
   if (threadIdx.x < kWarp) {
     const float x = kTopk ? cluster_top(slice_sums.top, parts) : 0.0f;
-    if (part == 0)
-      store_stats(stats, shard.rows, row, sums, target_logit(z, shard.target(row)), x, topk);
+    if (part == 0) store_stats(stats, shard.rows, row, sums, z_y, x, topk);
   }
   if (parts > 1) {  // peers may still be reading this block's shared memory
     ptx::cluster_arrive();

@@ -115,12 +115,14 @@ BUDGETS = (
     _cpu("deft in place, one read: extra memory over logits", Extra(_OURS), 0.01, at_least=False),
     *(_cuda(f"{kernel}: share of copy bandwidth", CopyShare((kernel,)), 0.9)
       for kernel in ("row_stats", "gate_grad")),
-    *(_cuda(f"{kernel}: half ignored over none ignored", HalfIgnored((kernel,)), 0.55,
+    # 0.50 or, as ignored rows are written all the same, 0.75 of the bytes; a tenth more of time
+    *(_cuda(f"{kernel}: half ignored over none ignored", HalfIgnored((kernel,)), required,
             at_least=False)
-      for kernel in ("row_stats", "gate_grad", "row_stats_grad")),
+      for kernel, required in (("row_stats", 0.55), ("gate_grad", 0.825),
+                               ("row_stats_grad", 0.825))),
     *(_cuda(f"deft in place, one read, over {peer}", Speedup(peer, _OURS), required)
       for peer, required in (("megatron", 3), ("megatron-fused", 2), ("liger", 2),
-                             ("eager-deft", 8))),
+                             ("liger-vocab-parallel", 2), ("eager-deft", 8))),
 )  # fmt: skip
 
 

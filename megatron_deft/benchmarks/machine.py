@@ -78,9 +78,12 @@ def operators(device: str) -> str:
 
 
 def commit() -> str | None:
-    """The commit of the sources, "+dirty" when they differ from it; None outside a checkout."""
+    """The commit of the sources, "+dirty" when they differ from it.
+
+    Outside a checkout (a plain copy on a GPU machine) what MEGATRON_DEFT_COMMIT says, else None.
+    """
     head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if head is None or _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel") != str(ROOT):
-        return None
+        return os.environ.get("MEGATRON_DEFT_COMMIT")
     changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
     return head if changed == "" else f"{head}+dirty"

@@ -130,9 +130,8 @@ def check_labels(labels: Tensor, shard: Shard) -> Tensor | None:
     if torch.compiler.is_compiling():
         return wrong  # neither an answer nor a counter fits into the compiled graph
     if labels.is_cuda:
-        if labels.device not in _wrong_labels:
-            _wrong_labels[labels.device] = torch.zeros((), dtype=torch.int64, device=labels.device)
-        _wrong_labels[labels.device].add_(wrong.sum())
+        if (counter := _wrong_label_counter(labels.device)) is not None:
+            counter.add_(wrong.sum())
         return wrong
     if bool(wrong.any()):
         first = labels[wrong][0].item()
@@ -141,6 +140,16 @@ def check_labels(labels: Tensor, shard: Shard) -> Tensor | None:
             f"ignore_index {shard.ignore_index}, got {first}; {_LABELS_REMEDY}"
         )
     return None
+
+
+def _wrong_label_counter(device: torch.device) -> Tensor | None:
+    """The device's counter; None inside a first CUDA-graph capture, which must not own it."""
+    if device not in _wrong_labels:
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        _wrong_labels[device] = torch.zeros((), dtype=torch.int64, device=device)
+        torch.cuda.current_stream(device).synchronize()  # once, so that every stream sees the zero
+    return _wrong_labels[device]
 
 
 _LABELS_REMEDY = (

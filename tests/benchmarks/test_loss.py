@@ -289,7 +289,7 @@ def test_cuda_budgets_have_a_line_for_each_shape():
     shard = {("row_stats", 0.0): row}
     measured = {Plan(8192, 128256, "bf16"): whole, Plan(8192, 16032, "fp32"): shard}
     lines = judge(measured, "cuda", 16, "deft")
-    assert len(lines) == 2 + 1 + 2 + 1 + 1 + 4
+    assert len(lines) == 2 + 1 + 2 + 1 + 1 + 5
     found = {(line["name"], line["where"]): line for line in lines}
     share = found["row_stats: share of copy bandwidth", "8192 x 16032 fp32"]
     assert (share["required"], share["measured"], share["met"]) == (">= 0.9", 0.95, True)

@@ -39,7 +39,8 @@ Run = Callable[..., list[Result]]  # of cases, and of the machine
 # (columns, valid, gap between rows, offset): unaligned heads and tails in every type
 SHAPES = [(1, 1, 0, 0), (2, 1, 1, 3), (7, 7, 0, 1), (31, 30, 0, 0), (33, 33, 0, 5), (8, 0, 0, 0)]
 SHAPES += [(257, 250, 3, 1), (1000, 999, 0, 0), (4099, 4099, 2, 7)]
-ULP = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# one unit in the last place, where it is largest: a value near a tie may round either way
+ULP = {torch.float32: 5e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def check_row_stats_grad(case: Case, got: Result) -> None:
     check_stats(case, got.stats)
     _, want = reference.row_stats_grad(case.logits.view, case.labels, case.gate, valid, IGNORE)
     ulp = ULP[case.logits.storage.dtype]
-    torch.testing.assert_close(got.out.view, want, rtol=4 * ulp, atol=1e-6)
+    torch.testing.assert_close(got.out.view, want, rtol=2 * ulp, atol=1e-6)
     assert got.out.untouched_outside(case.out or case.logits)
     if case.out is not None:
         assert torch.equal(bits(got.logits.storage), bits(case.logits.storage))

@@ -1,5 +1,8 @@
 """Labels out of range on CUDA: no read out of bounds, no wait; nan and a count later."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -31,3 +34,24 @@ def test_rows_on_another_device_are_refused(at: int) -> None:
     logits, labels = torch.zeros(2, 4, device="cuda"), torch.zeros(2, device="cuda").long()
     with pytest.raises(ValueError, match="expected device cuda:0, got cpu"):
         torch.ops.megatron_deft.gate_grad(logits, labels, *rows, 0, 4, -100)
+
+
+CAPTURE = """
+import torch
+from megatron_deft import token_loss
+from megatron_deft.loss.inputs import raise_on_wrong_labels
+logits, labels = torch.randn(4, 64, device="cuda"), torch.arange(4, device="cuda")
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    loss = token_loss(logits, labels)
+raise_on_wrong_labels()
+labels[1] = 64
+graph.replay()
+assert loss.isnan().tolist() == [False, True, False, False], loss
+raise_on_wrong_labels()
+"""
+
+
+def test_a_first_call_inside_a_graph_capture_counts_nothing() -> None:
+    """The counter would be the graph's: undefined before its first replay, zero at each."""
+    subprocess.run([sys.executable, "-c", CAPTURE], check=True, timeout=120)

@@ -15,7 +15,8 @@ from tests.oracle import SPECS, loss_and_grad
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 IGNORE = -100
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ULP = {torch.float32: 5e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10}
+# one unit in the last place, where it is largest: a value near a tie may round either way
+ULP = {torch.float32: 5e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 DEFT = [1.0, 0.0, 1e-6, -math.inf, math.inf, 0.0, 1.0, 0.0]
 EAFT = [0.0, 0.0, 0.0, -math.inf, math.inf, 1.0, 3.0, 20.0]
 # rows, columns, valid: a warp for a row, a block, clusters of 2 to 8, rows too long to stay on chip
@@ -121,7 +122,7 @@ def test_row_stats_grad(
     stats, got = native.row_stats_grad(logits, labels, gate, valid, IGNORE)
     check_stats(stats, logits, labels, valid, int(gate[7]))
     want = reference.row_stats_grad(logits, labels, gate, valid, IGNORE)[1]
-    torch.testing.assert_close(got, want, rtol=4 * ULP[dtype], atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=2 * ULP[dtype], atol=1e-6)
     in_place = native.row_stats_grad_(logits, labels, gate, valid, IGNORE)
     assert torch.equal(in_place, stats)
     assert torch.equal(logits, got)
@@ -140,7 +141,7 @@ def test_views(columns: int, dtype: torch.dtype) -> None:
         want_stats, want = reference.row_stats_grad(logits, labels, DEFT, columns, IGNORE)
         stats, got = native.row_stats_grad(logits, labels, DEFT, columns, IGNORE)
         torch.testing.assert_close(stats, want_stats, rtol=5e-6, atol=1e-6)
-        torch.testing.assert_close(got, want, rtol=4 * ULP[dtype], atol=1e-6)
+        torch.testing.assert_close(got, want, rtol=2 * ULP[dtype], atol=1e-6)
         before = storage.clone()
         native.row_stats_grad_(logits, labels, DEFT, columns, IGNORE)
         assert torch.equal(logits, got)
