@@ -22,6 +22,7 @@ A stage that fails does not stop the later ones; the last lines say how each end
   -h, --help    show this
 
 PYTHON names the interpreter [python3]: it needs a torch with CUDA, pytest, ninja and setuptools.
+MEGATRON_DEFT_COMMIT says which commit a copy without .git is, for the measurements.
 Exit codes: 0, 1 (a stage failed), 2 (no GPU, or a wrong argument).
 TEXT
 }
