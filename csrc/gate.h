@@ -51,8 +51,7 @@ MDEFT_HOST_DEVICE RowGradient gradient_of_row(const Gate& gate, const Sums& sums
   const float s1 = 1.0f + sums.rest, log_s1 = log1pf(sums.rest);
   const float logp = z_y - sums.m - log_s1;
   const float p = expf(logp);
-  const bool kept = !(gate.low > -INFINITY && !(p >= gate.low)) &&
-                    !(gate.high < INFINITY && !(p <= gate.high));
+  const bool kept = !(p < gate.low) && !(p > gate.high);  // nan is kept, to be seen
   float value = 0.0f;
   if (kept) {
     float a = gate.exponent;

@@ -24,23 +24,35 @@ void dispatch(at::ScalarType dtype, F&& f) {
   }
 }
 
-// Distance in elements between rows when the leading dimensions of `t` [..., V] can be walked with
-// one stride; an error otherwise.
-inline int64_t row_stride_of(const at::Tensor& t, const char* name) {
+// Where the rows of `t` [..., V] begin; an error where that takes more than two strides. Rows that are
+// written must not overlap.
+inline RowOffsets row_offsets_of(const at::Tensor& t, const char* name, bool written = false) {
   TORCH_CHECK_VALUE(t.dim() >= 1 && (t.size(-1) <= 1 || t.stride(-1) == 1), name,
                     ": expected the vocabulary as last dimension with stride 1, got sizes ",
                     t.sizes(), " strides ", t.strides(), "; call .contiguous()");
-  if (t.numel() == 0 || t.is_contiguous()) return t.size(-1);
-  int64_t expected = -1, stride = t.size(-1);
+  const int64_t columns = t.size(-1);
+  if (t.numel() == 0 || t.is_contiguous()) return {columns};
+  int64_t size[2] = {1, 1}, stride[2] = {columns, 0};  // inner, outer
+  int runs = 0;
   for (int64_t d = t.dim() - 2; d >= 0; --d) {
     if (t.size(d) == 1) continue;
-    if (expected < 0) stride = t.stride(d);
-    TORCH_CHECK_VALUE(expected < 0 || t.stride(d) == expected, name,
-                      ": expected rows one stride apart, got sizes ", t.sizes(), " strides ",
-                      t.strides(), "; call .contiguous()");
-    expected = t.stride(d) * t.size(d);
+    if (runs > 0 && t.stride(d) == stride[runs - 1] * size[runs - 1]) {
+      size[runs - 1] *= t.size(d);
+      continue;
+    }
+    TORCH_CHECK_VALUE(runs < 2, name, ": expected rows of at most two strides, got sizes ",
+                      t.sizes(), " strides ", t.strides(), "; call .contiguous()");
+    size[runs] = t.size(d);
+    stride[runs++] = t.stride(d);
   }
-  return stride;
+  if (written) {
+    const int low = runs > 1 && stride[1] < stride[0];
+    const bool apart = stride[low] >= columns &&
+                       (runs < 2 || stride[1 - low] >= stride[low] * (size[low] - 1) + columns);
+    TORCH_CHECK_VALUE(apart, name, ": expected rows that do not overlap, got sizes ", t.sizes(),
+                      " strides ", t.strides(), "; call .contiguous()");
+  }
+  return runs < 2 ? RowOffsets{stride[0]} : RowOffsets{stride[0], size[0], stride[1]};
 }
 
 struct Rows {
@@ -65,7 +77,7 @@ struct Rows {
     shard.labels = labels.const_data_ptr<int64_t>();
     shard.rows = labels.numel();
     shard.columns = logits.size(-1);
-    shard.row_stride = row_stride_of(logits, "logits");
+    shard.offset = row_offsets_of(logits, "logits");
     shard.vocab_start = vocab_start;
     shard.vocab_valid = vocab_valid;
     shard.ignore_index = ignore_index;
@@ -86,7 +98,7 @@ inline Gradient gradient_of_rows(const Rows& rows, const at::Tensor& row_max,
                                  const at::Tensor& out) {
   const int64_t n = rows.shard.rows;
   const at::Device device = out.device();
-  return {out.mutable_data_ptr(), row_stride_of(out, "out"),
+  return {out.mutable_data_ptr(), row_offsets_of(out, "out", true),
           per_row(row_max, n, device, "row_max"), per_row(scale, n, device, "scale"),
           per_row(target_grad, n, device, "target_grad")};
 }

@@ -22,15 +22,28 @@ namespace megatron_deft {
 constexpr int kStats = 5;  // m, S1 - 1, S2, Sh, z_y
 constexpr int64_t kMaxTopk = 32;
 
+// Where the rows of a tensor [..., V] begin, in elements: `stride` apart, or in runs of `run` rows
+// that are `run_stride` apart, such as the views z[:, :-1] and z.transpose(0, 1).
+struct RowOffsets {
+  int64_t stride;
+  int64_t run = INT64_MAX;
+  int64_t run_stride = 0;
+
+  MDEFT_HOST_DEVICE int64_t operator()(int64_t row) const {
+    if (row < run) return row * stride;  // without a division
+    return row / run * run_stride + row % run * stride;
+  }
+};
+
 // One shard of logits and its labels.
-//   logits: [rows, columns] with unit column stride and `row_stride` elements between rows
+//   logits: [rows, columns] with unit column stride, the rows where `offset` says
 //   labels: [rows], global vocabulary indices or ignore_index
 struct Shard {
   const void* logits;
   const int64_t* labels;
   int64_t rows;
   int64_t columns;      // V_local, padding included
-  int64_t row_stride;   // elements
+  RowOffsets offset;
   int64_t vocab_start;  // global index of column 0
   int64_t vocab_valid;  // real columns: [0, vocab_valid); the rest is padding
   int64_t ignore_index;
@@ -46,7 +59,7 @@ struct Shard {
 // Output of gate_grad and its per-row inputs, each [rows] fp32.
 struct Gradient {
   void* out;  // may be Shard::logits
-  int64_t row_stride;
+  RowOffsets offset;
   const float* row_max;      // over the whole vocabulary
   const float* scale;        // coeff / S1
   const float* target_grad;  // coeff * expm1(logp)
@@ -66,7 +79,7 @@ MDEFT_HOST_DEVICE Sums no_sums() { return {-INFINITY, -1.0f, 0.0f, 0.0f}; }
 // The sums of the union of two parts. Every shape of reduction (thread, warp, block, tensor-parallel
 // rank) follows this one function, so that they cannot disagree.
 MDEFT_HOST_DEVICE Sums merge(const Sums& a, const Sums& b) {
-  const bool swap = b.m > a.m;
+  const bool swap = b.m > a.m || b.m != b.m;  // a maximum of nan stays one
   const Sums &high = swap ? b : a, &low = swap ? a : b;
   const float shift = low.m - high.m;  // nan where both are empty
   const float f = low.m == -INFINITY ? 0.0f : expf(shift);

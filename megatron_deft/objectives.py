@@ -87,8 +87,8 @@ class Terms(NamedTuple):
 
 
 def _weighted_nll(weight: Tensor, logp: Tensor) -> Tensor:
-    """-weight * logp with 0 * inf = 0, the limit of every gate that vanishes with p."""
-    return (-weight * logp).masked_fill(weight == 0, 0.0)
+    """-weight * logp with 0 * inf = 0, the limit of every gate that vanishes with p; nan stays."""
+    return (-weight * logp).masked_fill((weight == 0) & ~logp.isnan(), 0.0)
 
 
 def _q_log(logp: Tensor, a: Tensor | float, eps: float = 0.0) -> Terms:
@@ -151,7 +151,7 @@ def _eaft_numbers(vocab_size: int, power: float, entropy: str) -> Gate:
 
 def _threshold(s: Statistics, t: float, base: Callable[[Statistics], Terms], top: bool) -> Terms:
     loss, gate, _ = base(s)
-    return Terms(loss, gate, s.p >= t if top else s.p <= t)
+    return Terms(loss, gate, ~(s.p < t) if top else ~(s.p > t))  # nan is kept, to be seen
 
 
 @dataclass(frozen=True)

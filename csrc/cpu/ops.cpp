@@ -47,7 +47,7 @@ class Reader {
     return segments() > 1 && static_cast<int64_t>(kept_.size()) < 4 * at::get_num_threads();
   }
   const T* row(int64_t row) const {
-    return static_cast<const T*>(shard_.logits) + row * shard_.row_stride;
+    return static_cast<const T*>(shard_.logits) + shard_.offset(row);
   }
 
   // Adds a segment of a row: its sums in order, its largest to the list, whose threshold lets fewer
@@ -115,24 +115,24 @@ class Reader {
                   (shard_.columns - begin - count) * sizeof(T));
   }
   // Zeros for ignored rows, which are not read.
-  void clear_ignored(T* out, int64_t stride) const {
+  void clear_ignored(T* out, const RowOffsets& offset) const {
     at::parallel_for(0, ignored_.size(), row_grain(), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
-        std::memset(static_cast<void*>(out + ignored_[i] * stride), 0, shard_.columns * sizeof(T));
+        std::memset(static_cast<void*>(out + offset(ignored_[i])), 0, shard_.columns * sizeof(T));
     });
   }
   template <typename Gradients>  // row -> (m, scale, target_grad)
-  void write(T* out, int64_t stride, Gradients gradients) const {
+  void write(T* out, const RowOffsets& offset, Gradients gradients) const {
     const int64_t parts = segments();
     const int64_t grain = parts > 1 ? 1 : row_grain();
     at::parallel_for(0, kept_.size() * parts, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const int64_t row = kept_[i / parts];
         const auto [m, scale, target_grad] = gradients(row);
-        write_segment(row, i % parts, out + row * stride, m, scale, target_grad);
+        write_segment(row, i % parts, out + offset(row), m, scale, target_grad);
       }
     });
-    clear_ignored(out, stride);
+    clear_ignored(out, offset);
   }
 
  private:
@@ -170,7 +170,7 @@ void gate_grad_out(const at::Tensor& logits, const at::Tensor& labels, const at:
   advise_fresh_pages(logits, out);
   dispatch(logits.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    Reader<T>(rows.shard, 0).write(static_cast<T*>(g.out), g.row_stride, [&](int64_t row) {
+    Reader<T>(rows.shard, 0).write(static_cast<T*>(g.out), g.offset, [&](int64_t row) {
       return RowOut{g.row_max[row], g.scale[row], g.target_grad[row]};
     });
   });
@@ -182,7 +182,7 @@ at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels
   const Gate gate = gate_of(gate_numbers);
   check_topk(gate.topk);
   const Rows rows(logits, labels, 0, vocab_valid, ignore_index);
-  const int64_t stride = row_stride_of(out, "out");
+  const RowOffsets offset = row_offsets_of(out, "out", true);
   at::Tensor stats_tensor =
       at::empty({kStats + gate.topk, rows.shard.rows}, logits.options().dtype(at::kFloat));
   float* stats = stats_tensor.mutable_data_ptr<float>();
@@ -203,15 +203,15 @@ at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels
         reader.store_stats(stats, row, all);
         gradients[row] = gradient_of(row, all);
       });
-      reader.write(grad, stride, [&](int64_t row) { return gradients[row]; });
+      reader.write(grad, offset, [&](int64_t row) { return gradients[row]; });
     } else {
       reader.read([&](int64_t row, const RowSums& all) {
         reader.store_stats(stats, row, all);
         const RowOut g = gradient_of(row, all);
         for (int64_t part = 0; part < reader.segments(); ++part)
-          reader.write_segment(row, part, grad + row * stride, g.m, g.scale, g.target_grad);
+          reader.write_segment(row, part, grad + offset(row), g.m, g.scale, g.target_grad);
       });
-      reader.clear_ignored(grad, stride);
+      reader.clear_ignored(grad, offset);
     }
     reader.clear_stats(stats);
   });
@@ -221,6 +221,7 @@ at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels
 void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& factor,
                  int64_t ignore_index) {
   const Rows rows(grad, labels, 0, grad.size(-1), ignore_index);
+  row_offsets_of(grad, "grad", true);
   const float* factors = per_row(factor, rows.shard.rows, grad.device(), "factor");
   dispatch(grad.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
@@ -233,7 +234,7 @@ void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& f
     at::parallel_for(0, changed.size(), std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)),
                      [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        T* z = out + changed[i] * rows.shard.row_stride;
+        T* z = out + rows.shard.offset(changed[i]);
         const float f = factors[changed[i]];
         if (f == 0.0f) std::memset(static_cast<void*>(z), 0, columns * sizeof(T));
         else kernels.scale(z, columns, f);

@@ -18,7 +18,7 @@ cudaError_t launch_gate_grad(const Shard& shard, const Gradient& gradient, Dtype
 
 // stats: [5 + gate.topk, rows] fp32; out: like the logits, or the logits themselves
 cudaError_t launch_row_stats_grad(const Shard& shard, const Gate& gate, Dtype dtype, float* stats,
-                                  void* out, int64_t out_row_stride, cudaStream_t stream);
+                                  void* out, const RowOffsets& out_offset, cudaStream_t stream);
 
 // Multiplies each row of `shard.logits` by its factor; rows whose factor is 1.0 and ignored rows are
 // neither read nor written.

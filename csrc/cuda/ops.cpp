@@ -60,7 +60,7 @@ at::Tensor row_stats_grad_out(const at::Tensor& logits, const at::Tensor& labels
   at::Tensor stats = empty_stats(logits, gate.topk, rows.shard.rows);
   C10_CUDA_CHECK(launch_row_stats_grad(rows.shard, gate, dtype_of(logits),
                                        stats.mutable_data_ptr<float>(), out.mutable_data_ptr(),
-                                       row_stride_of(out, "out"), stream()));
+                                       row_offsets_of(out, "out", true), stream()));
   return stats;
 }
 
@@ -68,6 +68,7 @@ void scale_rows_(at::Tensor& grad, const at::Tensor& labels, const at::Tensor& f
                  int64_t ignore_index) {
   const c10::cuda::CUDAGuard guard(grad.device());
   const Rows rows(grad, labels, 0, grad.size(-1), ignore_index);
+  row_offsets_of(grad, "grad", true);
   C10_CUDA_CHECK(launch_scale_rows(rows.shard, per_row(factor, rows.shard.rows, grad.device(), "factor"),
                                    dtype_of(grad), stream()));
 }

@@ -86,7 +86,7 @@ cudaError_t run_row_stats(const Shard& shard, int64_t topk, Dtype dtype, float* 
 cudaError_t run_gate_grad(const Shard& shard, const Gradient& gradient, Dtype dtype,
                           cudaStream_t stream, const Plan& plan);
 cudaError_t run_row_stats_grad(const Shard& shard, const Gate& gate, Dtype dtype, float* stats,
-                               void* out, int64_t out_row_stride, cudaStream_t stream,
+                               void* out, const RowOffsets& out_offset, cudaStream_t stream,
                                const Plan& plan);
 cudaError_t run_scale_rows(const Shard& shard, const float* factor, Dtype dtype,
                            cudaStream_t stream, const Plan& plan);

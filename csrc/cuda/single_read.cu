@@ -102,20 +102,20 @@ struct FromShared {
 template <typename T, bool kOnChip, bool kTopk>
 __global__ void __launch_bounds__(kThreads<kOnChip, kTopk>, kBlocks<kOnChip, kTopk>)
     row_stats_grad_kernel(Shard shard, Gate gate, int parts, float* stats, T* out,
-                          int64_t out_row_stride) {
+                          RowOffsets out_offset) {
   Memory<kTopk>& shared = *reinterpret_cast<Memory<kTopk>*>(ptx::shared_memory());
   const int64_t row = blockIdx.x / static_cast<unsigned>(parts);
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts));
   const int64_t thread = static_cast<int64_t>(part) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(parts) * blockDim.x;
   const int topk = kTopk ? static_cast<int>(gate.topk) : 0;
-  out += row * out_row_stride;
+  out += out_offset(row);
   if (shard.ignored(row)) {  // all blocks of the cluster: nobody waits for this one
     clear(out, shard.columns, thread, threads);
     if (part == 0) clear_stats(stats, shard.rows, row, topk);
     return;
   }
-  const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
+  const T* z = static_cast<const T*>(shard.logits) + shard.offset(row);
   const int64_t target = shard.target(row);
   const float z_y = threadIdx.x < kWarp ? target_logit(z, target) : 0.0f;
 
@@ -163,7 +163,7 @@ cudaError_t allow_shared_memory(int index, int64_t bytes) {
 
 template <typename T, bool kOnChip, bool kTopk>
 cudaError_t run(const Shard& shard, const Gate& gate, float* stats, void* out,
-                int64_t out_row_stride, cudaStream_t stream, const Plan& plan) {
+                const RowOffsets& out_offset, cudaStream_t stream, const Plan& plan) {
   constexpr auto kernel = row_stats_grad_kernel<T, kOnChip, kTopk>;
   int64_t bytes = kOverhead<kTopk>;
   if constexpr (kOnChip) {
@@ -176,13 +176,13 @@ cudaError_t run(const Shard& shard, const Gate& gate, float* stats, void* out,
     if (error != cudaSuccess) return error;
   }
   return launch(kernel, shard.rows, plan, true, bytes, stream, shard, gate, plan.parts, stats,
-                static_cast<T*>(out), out_row_stride);
+                static_cast<T*>(out), out_offset);
 }
 
 }  // namespace
 
 cudaError_t run_row_stats_grad(const Shard& shard, const Gate& gate, Dtype dtype, float* stats,
-                               void* out, int64_t out_row_stride, cudaStream_t stream,
+                               void* out, const RowOffsets& out_offset, cudaStream_t stream,
                                const Plan& plan) {
   if (shard.rows == 0) return cudaSuccess;
   if (!fits(shard, plan) || gate.topk > kMaxTopk ||
@@ -192,12 +192,12 @@ cudaError_t run_row_stats_grad(const Shard& shard, const Gate& gate, Dtype dtype
     using T = decltype(tag);
     const auto form = gate.topk > 0 ? (plan.on_chip ? run<T, true, true> : run<T, false, true>)
                                     : (plan.on_chip ? run<T, true, false> : run<T, false, false>);
-    return form(shard, gate, stats, out, out_row_stride, stream, plan);
+    return form(shard, gate, stats, out, out_offset, stream, plan);
   });
 }
 
 cudaError_t launch_row_stats_grad(const Shard& shard, const Gate& gate, Dtype dtype, float* stats,
-                                  void* out, int64_t out_row_stride, cudaStream_t stream) {
+                                  void* out, const RowOffsets& out_offset, cudaStream_t stream) {
   int index;
   Device device;
   const cudaError_t error =
@@ -207,7 +207,7 @@ cudaError_t launch_row_stats_grad(const Shard& shard, const Gate& gate, Dtype dt
   const int64_t overhead = gate.topk > 0 ? kOverhead<true> : kOverhead<false>;
   const Plan plan = row_stats_grad_plan(device, shard.rows, shard.vocab_valid, element, overhead,
                                         gate.topk > 0);
-  return run_row_stats_grad(shard, gate, dtype, stats, out, out_row_stride, stream, plan);
+  return run_row_stats_grad(shard, gate, dtype, stats, out, out_offset, stream, plan);
 }
 
 }  // namespace megatron_deft::cuda

@@ -18,12 +18,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts));
   const int64_t thread = static_cast<int64_t>(part) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(parts) * blockDim.x;
-  T* out = static_cast<T*>(gradient.out) + row * gradient.row_stride;
+  T* out = static_cast<T*>(gradient.out) + gradient.offset(row);
   if (shard.ignored(row)) {
     clear(out, shard.columns, thread, threads);
     return;
   }
-  const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
+  const T* z = static_cast<const T*>(shard.logits) + shard.offset(row);
   const Slice<T> slice(z, shard.vocab_valid, part, parts);
   const RowOut g{gradient.row_max[row], gradient.scale[row], gradient.target_grad[row]};
   write_gradient(LastRead<T>{slice}, slice, g, shard.target(row), out);
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int part = static_cast<int>(blockIdx.x % static_cast<unsigned>(parts));
   const float f = factor[row];
   if (f == 1.0f || shard.ignored(row)) return;
-  T* z = static_cast<T*>(const_cast<void*>(shard.logits)) + row * shard.row_stride;
+  T* z = static_cast<T*>(const_cast<void*>(shard.logits)) + shard.offset(row);
   if (f == 0.0f) {  // whatever the row holds
     clear(z, shard.columns, static_cast<int64_t>(part) * blockDim.x + threadIdx.x,
           static_cast<int64_t>(parts) * blockDim.x);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<kTopk>)
     if (part == 0) clear_stats(stats, shard.rows, row, topk);
     return;
   }
-  const T* z = static_cast<const T*>(shard.logits) + row * shard.row_stride;
+  const T* z = static_cast<const T*>(shard.logits) + shard.offset(row);
   // asked for now, it is there when the sums are
   const float z_y = threadIdx.x < kWarp ? target_logit(z, shard.target(row)) : 0.0f;
   const Slice<T> slice(z, shard.vocab_valid, part, parts);

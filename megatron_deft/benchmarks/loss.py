@@ -169,6 +169,8 @@ def _inputs(plan: Plan, device: str, ignored: list[float]) -> tuple[Tensor, dict
     logits = torch.empty(shape, dtype=dtype, device=device)
     logits.normal_(0.0, SPREAD, generator=generator)
     labels = torch.randint(plan.vocabulary, (plan.tokens,), device=device, generator=generator)
+    # every other token is one that the model expects: at random nearly all gates would be 0
+    labels[::2] = logits[::2].argmax(-1)
     order = torch.randperm(plan.tokens, device=device, generator=generator)
     return logits, {f: labels.where(order >= round(f * plan.tokens), IGNORE) for f in ignored}
 

@@ -13,7 +13,7 @@ import torch
 
 from megatron_deft import __version__
 from megatron_deft.benchmarks.peers import version
-from megatron_deft.ops import implementation
+from megatron_deft.ops import implementation, native
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "megatron-core", "liger-kernel", "transformer-engine", "triton")
@@ -47,6 +47,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instruction_set": native.instruction_set() if native.devices() else None,
         "system": f"{host.system()} {host.release()}",
         "huge_pages": _huge_pages(),
     }

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
+HOOKED = "compute_language_model_loss"
+
+
 class Attachment:
     """What `attach` put on a model.
 
@@ -33,13 +36,14 @@ class Attachment:
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.statistics: TokenStatistics | None = None
-        self._modules: list[nn.Module] = []
+        self._hooks: list[tuple[nn.Module, MethodType]] = []
 
     def detach(self) -> None:
-        """Give the models their own loss back."""
-        for module in self._modules:
-            del module.compute_language_model_loss
-        self._modules.clear()
+        """Give the models their own loss back, where no later `attach` has replaced this one."""
+        for module, hook in self._hooks:
+            if vars(module).get(HOOKED) is hook:
+                delattr(module, HOOKED)
+        self._hooks.clear()
 
 
 def attach(
@@ -74,6 +78,7 @@ def attach(
 
     attachment = Attachment(parse(objective))
     roots = [model] if isinstance(model, nn.Module) else list(model)
+    modules: dict[int, nn.Module] = {}
     for root in roots:
         found = [module for module in root.modules() if isinstance(module, LanguageModule)]
         if not found:
@@ -87,12 +92,12 @@ def attach(
                 f"attach: vocab_size={vocab_size} does not fit the model, whose (padded) "
                 f"vocabulary has {padded} entries; pass the tokenizer's size"
             )
-        for module in found:
-            module.compute_language_model_loss = MethodType(  # type: ignore[assignment]
-                _hook(attachment, vocab_size, ignore_index, inplace_backward, grad_in_forward),
-                module,
-            )
-            attachment._modules.append(module)
+        modules |= {id(module): module for module in found}
+    loss = _hook(attachment, vocab_size, ignore_index, inplace_backward, grad_in_forward)
+    for module in modules.values():
+        hook = MethodType(loss, module)
+        setattr(module, HOOKED, hook)
+        attachment._hooks.append((module, hook))
     return attachment
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from megatron_deft.errors import UserError
 from megatron_deft.objectives import Gate, Objective
@@ -29,7 +30,14 @@ class Shard:
 
 
 def check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tuple[Tensor, Tensor]:
-    """The tensors as the kernels read them: int64 labels, one stride from row to row."""
+    """The tensors as the kernels read them: int64 labels, rows of at most two strides."""
+    for name, value in (("logits", logits), ("labels", labels)):
+        if not isinstance(value, Tensor):
+            raise UserError(f"{name}: expected a tensor, got {type(value).__name__}")
+        if value.layout != torch.strided:
+            raise UserError(
+                f"{name}: expected a strided tensor, got {value.layout}; call .to_dense()"
+            )
     if logits.dtype not in DTYPES:
         raise UserError(
             f"logits: expected one of {', '.join(str(d) for d in DTYPES)}, got {logits.dtype}; "
@@ -47,8 +55,8 @@ def check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tup
     if not _rows_are_regular(logits):
         if inplace_backward:
             raise UserError(
-                f"inplace_backward needs logits whose rows are one stride apart, got shape "
-                f"{list(logits.shape)} with strides {list(logits.stride())}; "
+                "inplace_backward needs logits whose rows lie apart, with at most two strides, got "
+                f"shape {list(logits.shape)} with strides {list(logits.stride())}; "
                 "call .contiguous() or leave inplace_backward out"
             )
         logits = logits.contiguous()
@@ -56,26 +64,33 @@ def check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tup
 
 
 def _rows_are_regular(logits: Tensor) -> bool:
-    """Whether the rows [..., V] can be walked with one stride and do not overlap."""
+    """Whether the kernels can walk the rows [..., V], with two strides, and none overlap."""
     if logits.numel() == 0 or logits.is_contiguous():
         return True
-    if logits.shape[-1] > 1 and logits.stride(-1) != 1:
+    columns = logits.shape[-1]
+    if columns > 1 and logits.stride(-1) != 1:
         return False
-    expected = None
-    for dim in range(logits.dim() - 2, -1, -1):
-        size, stride = logits.shape[dim], logits.stride(dim)
-        if size == 1:
-            continue
-        if expected is None and stride < logits.shape[-1]:
-            return False  # expanded or overlapping rows
-        if expected is not None and stride != expected:
+    runs: list[tuple[int, int]] = []  # (stride, rows), inner first
+    for size, stride in zip(logits.shape[-2::-1], logits.stride()[-2::-1], strict=True):
+        if runs and stride == runs[-1][0] * runs[-1][1]:
+            runs[-1] = (runs[-1][0], runs[-1][1] * size)
+        elif size > 1:
+            runs.append((stride, size))
+    end = columns  # of what the runs so far reach over
+    for stride, size in sorted(runs):
+        if stride < end:
             return False
-        expected = size * stride
-    return True
+        end = stride * (size - 1) + end
+    return len(runs) <= 2
 
 
 def shard_of(
-    logits: Tensor, group: dist.ProcessGroup | None, vocab_size: int | None, ignore_index: int
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    group: dist.ProcessGroup | None,
+    vocab_size: int | None,
+    ignore_index: int,
 ) -> Shard:
     """Where this rank's columns lie in the vocabulary."""
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
@@ -83,8 +98,10 @@ def shard_of(
         raise UserError("group: this process is not a member of the given process group")
     columns = logits.shape[-1]
     vocab_size = columns * ranks if vocab_size is None else vocab_size
+    if not isinstance(vocab_size, int):
+        raise UserError(f"vocab_size: expected an int, got {vocab_size!r}")
     if ranks > 1:
-        _check_equal_shards(columns, vocab_size, group)
+        _check_same_on_all_ranks(logits, labels, objective, vocab_size, ignore_index, group)
     if not 0 < vocab_size <= columns * ranks:
         raise UserError(
             f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "
@@ -94,25 +111,45 @@ def shard_of(
     return Shard(start, min(max(vocab_size - start, 0), columns), vocab_size, ignore_index, group)
 
 
-_equal_shards: set[tuple[dist.ProcessGroup | None, int, int]] = set()
+_agreed: set[tuple[dist.ProcessGroup | None, int, int]] = set()
 
 
-def _check_equal_shards(columns: int, vocab_size: int, group: dist.ProcessGroup | None) -> None:
-    """All ranks hold as many columns; asked once per group and size, so a step costs nothing.
+def _check_same_on_all_ranks(
+    logits: Tensor,
+    labels: Tensor,
+    objective: Objective,
+    vocab_size: int,
+    ignore_index: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """The ranks hold shards of one batch; asked once for each size of shard: a step costs nothing.
 
-    Before any check that one rank alone could fail: the others would wait in the all-gather.
+    Before any check that one rank alone could fail: the others would wait in the all-gather. The
+    labels tell a data-parallel group, given by mistake, from a tensor-parallel one.
     """
-    key = (group, columns, vocab_size)
-    if key in _equal_shards:
+    key = (group, logits.shape[-1], vocab_size)
+    if key in _agreed or torch.compiler.is_compiling():
         return
-    sizes: list[tuple[int, int]] = [(0, 0)] * dist.get_world_size(group)
-    dist.all_gather_object(sizes, (columns, vocab_size), group=group)
-    if len(set(sizes)) > 1:
-        raise UserError(
-            f"logits: expected the same number of columns and vocab_size on every rank of group, "
-            f"got {sizes}; pad the vocabulary so that the ranks divide it"
-        )
-    _equal_shards.add(key)
+    weights = torch.arange(1, labels.numel() + 1, device=labels.device)
+    mine = {
+        "columns": logits.shape[-1],
+        "vocab_size": vocab_size,
+        "tokens": labels.numel(),
+        "dtype": str(logits.dtype),
+        "objective": objective.spec,
+        "ignore_index": ignore_index,
+        "sum of the labels": int((labels.reshape(-1) * weights).sum()),
+    }
+    found: list[dict[str, object]] = [{}] * dist.get_world_size(group)
+    dist.all_gather_object(found, mine, group=group)
+    for name in mine:
+        if len({rank[name] for rank in found}) > 1:
+            raise UserError(
+                f"group: expected the same {name} on every rank, got "
+                f"{[rank[name] for rank in found]}; pass the tensor-parallel group, whose ranks "
+                "hold equal shards (pad the vocabulary so that they divide it) of the same tokens"
+            )
+    _agreed.add(key)
 
 
 _wrong_labels: dict[torch.device, Tensor] = {}  # how many were seen on a CUDA device
@@ -127,8 +164,8 @@ def check_labels(labels: Tensor, shard: Shard) -> Tensor | None:
     """
     legal = ((labels >= 0) & (labels < shard.vocab_size)) | (labels == shard.ignore_index)
     wrong = ~legal
-    if torch.compiler.is_compiling():
-        return wrong  # neither an answer nor a counter fits into the compiled graph
+    if torch.compiler.is_compiling() or labels.is_meta or isinstance(labels, FakeTensor):
+        return wrong  # neither an answer nor a counter fits into a graph
     if labels.is_cuda:
         if (counter := _wrong_label_counter(labels.device)) is not None:
             counter.add_(wrong.sum())

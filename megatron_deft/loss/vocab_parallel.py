@@ -14,7 +14,6 @@ from typing import Any, Literal, overload
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from megatron_deft import ops
 from megatron_deft.loss.inputs import (
@@ -175,17 +174,25 @@ class _TokenLoss(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            # In place it is the logits' memory, but not the logits: it has no history.
+            grad = _TokenLoss._gradient(ctx, grad_loss).detach()
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            grad = _NoSecondDerivative.apply(grad.requires_grad_())
+        return grad, *(None,) * 6
+
+    @staticmethod
+    def _gradient(ctx: Any, grad_loss: Tensor) -> Tensor:
         shard: Shard = ctx.shard
         upstream = grad_loss.reshape(-1).float().contiguous()  # a sum gives stride 0
         if ctx.is_grad_made:
             grad, labels = ctx.saved_tensors
             ops.scale_rows_(grad, labels, upstream, shard.ignore_index)
-            return grad, *(None,) * 6
+            return grad
         logits, labels, row_max, sum_exp, logp, gate = ctx.saved_tensors
         coeff = upstream * gate
-        grad = ops.gate_grad(
+        return ops.gate_grad(
             logits,
             labels,
             row_max,
@@ -196,7 +203,24 @@ class _TokenLoss(torch.autograd.Function):
             shard.ignore_index,
             inplace=ctx.inplace,
         )
-        return grad, *(None,) * 6
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """The gradient as it is, with an error in the place of its derivative.
+
+    torch's once_differentiable raises only where the upstream gradient has one to take; after a
+    plain `loss.sum()` it would leave the term out without a word.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Tensor:
+        raise RuntimeError(
+            "token_loss has no second derivative: compute the loss in plain torch to take one"
+        )
 
 
 @overload
@@ -242,7 +266,9 @@ def token_loss(
 ) -> Tensor | tuple[Tensor, TokenStatistics]:
     """The objective's loss of every token, differentiable in `logits`.
 
-    logits:           [..., V_local] fp32, bf16 or fp16, contiguous or not; V_local is V, or with
+    logits:           [..., V_local] fp32, bf16 or fp16, contiguous or a view with the vocabulary
+                      last and rows of two strides, such as z[:, :-1] and z.transpose(0, 1) (others
+                      are copied, or in place refused); V_local is V, or with
                       `group` this rank's slice: rank r holds columns r * V_local and on
     labels:           [...] int64 or int32, global indices < vocab_size, or ignore_index; already
                       shifted (labels[t] is what logits[t] predicts); the same on all ranks of
@@ -252,15 +278,18 @@ def token_loss(
     vocab_size:       number of real entries; columns from there on are padding: they take no part
                       and get gradient 0. Default: V_local times the size of `group`.
     inplace_backward: the gradient is written over the logits, which are gone after backward(): no
-                      memory beyond the logits. A second backward, or another use of the logits in
-                      the graph that needs their values, is an error of autograd.
+                      memory beyond the logits. A second backward, or a use of the logits before
+                      this call that needs their values, is an error of autograd; so are logits that
+                      are one of several views of a tensor (chunk, split). Meant for logits that a
+                      layer computed: the .grad of a leaf would be the leaf's own memory.
     grad_in_forward:  make the gradient together with the loss, from a single read of the logits,
                       for an upstream gradient of 1 per token; the backward multiplies the rows
-                      whose upstream is another (and rounds them once more). With inplace_backward
-                      the logits are gone after the forward. Pays where the loss is summed, as under
-                      megatron-core's calculate_per_token_loss; costs where it is averaged. Refused
-                      with a split vocabulary, a batch mean (cayley) or fp16 logits. Without a
-                      gradient to make (no_grad) it changes nothing.
+                      whose upstream is another (and rounds them once more), once. With
+                      inplace_backward the logits are gone after this call, and whoever reads them
+                      later reads the gradient, without an error. Pays where the loss is summed, as
+                      under megatron-core's calculate_per_token_loss; costs where it is averaged.
+                      Refused with a split vocabulary, a batch mean (cayley) or fp16 logits. Without
+                      a gradient to make (no_grad) it changes nothing.
     batch_group:      ranks whose tokens share the batch mean that `cayley` needs
     return_stats:     return (loss, TokenStatistics)
 
@@ -268,12 +297,14 @@ def token_loss(
     token. Its gradient accepts any per-token upstream; a second derivative is an error.
     Errors: UserError (a ValueError) naming what was expected, what was given and the mend. A label
     out of range is one on the CPU; on CUDA, where asking would stop the stream, its loss is nan and
-    `loss.inputs.raise_on_wrong_labels()` raises it at the next convenient moment.
+    `loss.inputs.raise_on_wrong_labels()` raises it at the next convenient moment; under
+    torch.compile its loss is nan, no more. That the ranks of `group` agree about shapes, labels and
+    objective is asked once for each size of shard.
     Formulas: `megatron-deft objectives`; DEFT: arXiv 2602.11424.
     """
     objective = parse(objective)
     logits, labels = check_tensors(logits, labels, inplace_backward)
-    shard = shard_of(logits, group, vocab_size, ignore_index)
+    shard = shard_of(logits, labels, objective, group, vocab_size, ignore_index)
     wrong = check_labels(labels, shard)
     check_batch_group(objective, batch_group)
     gate = gate_of(objective, shard, logits, grad_in_forward)

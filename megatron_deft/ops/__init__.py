@@ -27,7 +27,7 @@ def _choose(device_type: str, mode: str) -> ModuleType:
         raise UserError(f"MEGATRON_DEFT_OPS={mode}: legal are {', '.join(MODES)}")
     if mode == "reference":
         return reference
-    if device_type in native.devices():
+    if device_type in native.devices() or (device_type == "meta" and native.devices()):
         native.instruction_set()  # a wrong MEGATRON_DEFT_CPU is told before any kernel runs
         return native
     reason = native.missing(device_type)

@@ -4,7 +4,6 @@ Used where the compiled extension has no kernel for a device, and by the tests a
 three witnesses (kernel, this twin, float64 oracle). It allocates fp32 copies of the logits.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -114,6 +113,14 @@ def gate_grad_(
     )
 
 
+def _topk_entropy(top: Tensor) -> Tensor:
+    """Entropy in nats of softmax over the k largest logits [k, N], largest first -> [N]."""
+    d = top[1:] - top[0]
+    e = d.exp()
+    others = e.sum(0)
+    return others.log1p() - (e * d).masked_fill(e == 0, 0.0).sum(0) / (1.0 + others)
+
+
 def _gate(numbers: Sequence[float], stats: Tensor) -> Tensor:
     """The gate of each row [N] from its statistics [5 + topk, N] (see `objectives.Gate`)."""
     exponent_of, exponent, eps, low, high, entropy_power, entropy_scale, _ = numbers
@@ -127,12 +134,9 @@ def _gate(numbers: Sequence[float], stats: Tensor) -> Tensor:
     if eps > 0:
         gate = gate * (a / (a + eps))
     if entropy_power > 0:
-        logq = stats[5:].log_softmax(0)
-        top = -(logq.exp() * logq).masked_fill(logq == -torch.inf, 0.0).sum(0)
-        entropy = top if stats.shape[0] > 5 else rest.log1p() - sh / s1
+        entropy = _topk_entropy(stats[5:]) if stats.shape[0] > 5 else rest.log1p() - sh / s1
         gate = gate * (entropy.clamp(min=0.0) / entropy_scale) ** entropy_power
-    dropped = ((low > -math.inf) & ~(p >= low)) | ((high < math.inf) & ~(p <= high))
-    return gate.masked_fill(dropped, 0.0)
+    return gate.masked_fill((p < low) | (p > high), 0.0)
 
 
 def row_stats_grad(

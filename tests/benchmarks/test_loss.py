@@ -75,7 +75,9 @@ def test_every_contender_has_a_row_with_every_field(whole):
 
 def test_the_file_says_where_it_was_made(whole):
     result, _, _ = whole
-    assert {"cpu", "cores", "threads", "system", "huge_pages"} == set(result["machine"])
+    assert {"cpu", "cores", "threads", "instruction_set", "system", "huge_pages"} == set(
+        result["machine"]
+    )
     assert result["machine"]["threads"] == 1
     assert result["versions"]["torch"] == torch.__version__
     assert result["versions"]["liger-kernel"] == peers.version("liger-kernel")

@@ -102,6 +102,8 @@ class Case:
     on_chip: bool = True
     bulk: bool = True
     order: str = "forward"
+    run: int = 0  # rows of a run of the logits, runs being run_stride apart; 0: all of them
+    run_stride: int = 0
 
     def encoded(self) -> bytes:
         n, columns = self.logits.shape
@@ -112,6 +114,7 @@ class Case:
         numbers += [IGNORE, self.topk, self.logits.offset]
         numbers += [out.offset, out.stride] if out else [0, 0]
         numbers += [self.threads, self.parts, self.on_chip, self.bulk, ORDERS.index(self.order)]
+        numbers += [self.run or n, self.run_stride]
         stats = poisoned((5 + self.topk) * n, torch.float32)
         empty = torch.empty(0)
         buffers = [self.labels, self.logits.storage, out.storage if out else empty, stats]

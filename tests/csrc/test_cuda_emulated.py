@@ -230,6 +230,42 @@ def test_gate_grad(emulate: Run, dtype: torch.dtype) -> None:
             assert torch.equal(bits(got.logits.storage), bits(case.logits.storage))
 
 
+@pytest.mark.parametrize("order", ["forward", "backward"])
+def test_rows_of_two_strides(emulate: Run, order: str) -> None:
+    """Runs of 3 rows, 9 elements further apart than the rows of a run: both kinds of views."""
+    columns, gap = 77, 3
+    stride = columns + gap
+    for run_, strides in ((3, (stride, 3 * stride + 9)), (2, (3 * stride + 9, stride))):
+        flat = torch.randn(600)
+        values = flat.as_strided((6 // run_, run_, columns), (strides[1], strides[0], 1))
+        labels = torch.tensor([0, 5, IGNORE, 70, 3, 76])
+        per_row = (values.amax(-1).reshape(-1), torch.rand(6), torch.rand(6))
+        layout = {"run": run_, "run_stride": strides[1], "order": order}
+        logits = Rows(flat, (6, columns), strides[0], 0)
+        out = rows(torch.zeros(6, columns))
+        cases = [
+            Case("row_stats", logits, labels, **layout),
+            Case("gate_grad", logits, labels, out, per_row, **layout),
+            Case("row_stats_grad", logits, labels, out, **layout),
+            Case("gate_grad", logits, labels, None, per_row, **layout),
+            Case("scale_rows", logits, labels, None, per_row[1:2], **layout),
+        ]
+        flattened = values.reshape(6, columns)
+        arguments = (flattened, labels, 0, columns, IGNORE)
+        grad = reference.gate_grad(flattened, labels, *per_row, 0, columns, IGNORE)
+        scaled = flattened.clone()
+        reference.scale_rows_(scaled, labels, per_row[1], IGNORE)
+        got = emulate(cases)
+        want = reference.row_stats(*arguments)
+        torch.testing.assert_close(got[0].stats, want, rtol=2e-6, atol=1e-6)
+        torch.testing.assert_close(got[1].out.view, grad, rtol=5e-6, atol=1e-7)
+        want = reference.row_stats_grad(flattened, labels, DEFT, columns, IGNORE)[1]
+        torch.testing.assert_close(got[2].out.view, want, rtol=1e-5, atol=1e-6)
+        for result, written in ((got[3], grad), (got[4], scaled)):
+            after = result.logits.storage.as_strided(values.shape, values.stride())
+            torch.testing.assert_close(after.reshape(6, columns), written, rtol=5e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scale_rows(emulate: Run, dtype: torch.dtype) -> None:
     cases = []

@@ -112,6 +112,20 @@ def wrapped(rank: int, world: int) -> None:
     assert not torch.allclose(changed[:, 4:], own[:, 4:])
     attachment.detach()
     torch.testing.assert_close(ddp(tokens, positions, None, labels=labels.clamp(min=0)), own)
+    first, second = (
+        attach(ddp, "deft", vocab_size=VOCAB),
+        attach([ddp, ddp], "dft", vocab_size=VOCAB),
+    )
+    first.detach()  # it was replaced: the second stays
+    ddp(tokens, positions, None, labels=labels)
+    assert second.statistics is not None
+    with pytest.raises(UserError, match="got Linear"):
+        attach([ddp, torch.nn.Linear(2, 2)], "nll", vocab_size=VOCAB)
+    second.statistics = None
+    ddp(tokens, positions, None, labels=labels)  # and still, as nothing was attached
+    assert second.statistics is not None
+    second.detach()
+    torch.testing.assert_close(ddp(tokens, positions, None, labels=labels.clamp(min=0)), own)
     with pytest.raises(UserError, match="does not fit"):
         attach(ddp, "deft", vocab_size=65)
     with pytest.raises(UserError, match="got Linear"):

@@ -47,3 +47,18 @@ def test_fake_tensors() -> None:
             stats = out if isinstance(out, torch.Tensor) else out[0]
             assert stats.shape == (5, 15)
             assert stats.dtype == torch.float32
+
+
+@pytest.mark.parametrize("single", [False, True])
+def test_token_loss_on_fake_and_meta_tensors(single: bool) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    for mode, device in ((FakeTensorMode(), "cpu"), (torch.device("meta"), "meta")):
+        with mode:
+            logits = torch.empty(5, 3, 99, requires_grad=True, device=device)
+            labels = torch.zeros(5, 3, dtype=torch.long, device=device)
+            loss = token_loss(logits, labels, grad_in_forward=single)
+            loss.sum().backward()
+            assert loss.shape == (5, 3)
+            assert logits.grad is not None
+            assert logits.grad.shape == logits.shape

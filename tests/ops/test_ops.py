@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -90,6 +91,15 @@ def test_a_nan_is_never_lost(dtype: torch.dtype, at: int, sign: float) -> None:
         z[0, at] = math.copysign(math.nan, sign)
         stats = native.row_stats(z, torch.tensor([5]), 0, 3000, -100)
         assert bool(stats[1:4].isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("columns", [1, 7, 32, 33, 64, 2048])
+def test_a_row_of_nan_gives_nan(columns: int, dtype: torch.dtype) -> None:
+    z = torch.full((1, columns), math.nan).to(dtype)
+    stats, grad = native.row_stats_grad(z, torch.tensor([0]), DEFT, columns, -100)
+    assert bool(stats[:5].isnan().all())
+    assert bool(grad.isnan().all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -292,6 +302,23 @@ def test_bad_input(error: type[Exception], named: str, change: dict[str, Any]) -
     given |= change
     with pytest.raises(error, match=named):
         native.row_stats(given["logits"], given["labels"], 0, given["valid"], -100, given["topk"])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda: torch.zeros(1, 8).expand(3, 8),
+        lambda: torch.zeros(30).as_strided((3, 8), (4, 1)),
+        lambda: torch.zeros(60).as_strided((2, 3, 8), (8, 8, 1)),
+    ],
+)
+def test_rows_that_overlap_are_not_written(rows: Callable[[], torch.Tensor]) -> None:
+    logits = rows()
+    labels = torch.zeros(logits.shape[:-1]).long()
+    with pytest.raises(ValueError, match="expected rows that do not overlap"):
+        native.row_stats_grad_(logits, labels, DEFT, 8, -100)
+    with pytest.raises(ValueError, match="expected rows that do not overlap"):
+        native.scale_rows_(logits, labels, torch.ones(labels.numel()), -100)
 
 
 def test_a_gate_of_the_wrong_shape_is_refused() -> None:

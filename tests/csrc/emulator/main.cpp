@@ -62,10 +62,11 @@ cudaError_t run_case(std::istream& in, std::ostream& results) {
   const int64_t element = dtype == cuda::Dtype::kFloat ? 4 : 2;
   const int64_t topk = n[8];
   char* z = logits.as<char>() + n[9] * element;
-  const megatron_deft::Shard shard{z,    labels.as<int64_t>(), n[2], n[3], n[4],
+  const megatron_deft::RowOffsets from{n[4], n[17], n[18]};
+  const megatron_deft::Shard shard{z,    labels.as<int64_t>(), n[2], n[3], from,
                                    n[5], n[6],                 n[7]};
   void* to = out.empty() ? z : out.as<char>() + n[10] * element;
-  const int64_t to_stride = out.empty() ? n[4] : n[11];
+  const megatron_deft::RowOffsets to_offset = out.empty() ? from : megatron_deft::RowOffsets{n[11]};
   const bool planned = n[12] > 0;
   const cuda::Plan plan{static_cast<int>(n[12]), static_cast<int>(n[13]), n[14] != 0};
   cuda::ptx::kBulkCopies = n[15] != 0;
@@ -78,7 +79,7 @@ cudaError_t run_case(std::istream& in, std::ostream& results) {
                       : cuda::launch_row_stats(shard, topk, dtype, stats.as<float>(), nullptr);
       break;
     case kGateGrad: {
-      const megatron_deft::Gradient gradient{to, to_stride, a.as<float>(), b.as<float>(),
+      const megatron_deft::Gradient gradient{to, to_offset, a.as<float>(), b.as<float>(),
                                              c.as<float>()};
       error = planned ? cuda::run_gate_grad(shard, gradient, dtype, nullptr, plan)
                       : cuda::launch_gate_grad(shard, gradient, dtype, nullptr);
@@ -89,9 +90,9 @@ cudaError_t run_case(std::istream& in, std::ostream& results) {
       const megatron_deft::Gate gate{static_cast<megatron_deft::Exponent>(static_cast<int>(g[0])),
                                      f(1), f(2), f(3), f(4), f(5), f(6), topk};
       error = planned ? cuda::run_row_stats_grad(shard, gate, dtype, stats.as<float>(), to,
-                                                 to_stride, nullptr, plan)
+                                                 to_offset, nullptr, plan)
                       : cuda::launch_row_stats_grad(shard, gate, dtype, stats.as<float>(), to,
-                                                    to_stride, nullptr);
+                                                    to_offset, nullptr);
       break;
     }
     case kScaleRows:
