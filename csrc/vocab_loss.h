@@ -31,7 +31,12 @@ struct RowOffsets {
 
   MDEFT_HOST_DEVICE int64_t operator()(int64_t row) const {
     if (row < run) return row * stride;  // without a division
-    return row / run * run_stride + row % run * stride;
+#ifdef __CUDA_ARCH__  // a grid has fewer rows than 2^32; dividing 64 bits takes registers
+    const uint32_t outer = static_cast<uint32_t>(row) / static_cast<uint32_t>(run);
+#else
+    const int64_t outer = row / run;
+#endif
+    return outer * run_stride + (row - outer * run) * stride;
   }
 };
 
