@@ -193,12 +193,15 @@ def portable_config(
     rotary parameters are written in both spellings, and so is the dtype.
     """
     config = dict(config)
-    scaling = dict(spec.rope_scaling or {})
+    scaling = {k: v for k, v in (spec.rope_scaling or {}).items() if v is not None}
     config.pop("rope_scaling", None)
     if scaling:
         config["rope_scaling"] = scaling
-    config["rope_theta"] = spec.rope_theta
-    config["rope_parameters"] = {"rope_type": "default", **scaling, "rope_theta": spec.rope_theta}
+    rotary: dict[str, Any] = {"rope_theta": spec.rope_theta}
+    if spec.rotary_fraction != 1:
+        rotary["partial_rotary_factor"] = spec.rotary_fraction
+    config |= rotary
+    config["rope_parameters"] = {"rope_type": "default", **scaling, **rotary}
     if dtype is not None:
         config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
     return config

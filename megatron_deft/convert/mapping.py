@@ -1,11 +1,10 @@
-"""Which Hugging Face tensors make which Megatron parameter: one table per family, as data.
+"""Parameters of one model on both sides: names, shapes, transforms and places in a checkpoint.
 
-A row names a Megatron parameter (local-spec spelling, layers numbered over the whole model), the
-Hugging Face tensors it is made of with their axes, the transform between them, and the ModelSpec
-flag that decides whether the parameter exists. A new dense family is one more table.
+Which Hugging Face tensors make which Megatron parameter is declared family by family, in
+megatron_deft/models/families; here the rows are filled in for one ModelSpec.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -14,122 +13,20 @@ import torch
 from torch import Tensor
 
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
-
-
-class Row(NamedTuple):
-    """One line of a family's table; `{i}` stands for the layer, see AXES for the letters."""
-
-    megatron: str
-    transform: str
-    hf: tuple[tuple[str, str], ...]  # (tensor name, axes) in the order the transform takes them
-    when: str = "always"
-
-
-LLAMA = (
-    Row("embedding.word_embeddings.weight", "vocab", (("model.embed_tokens.weight", "v h"),)),
-    Row(
-        "decoder.layers.{i}.input_layernorm.weight",
-        "copy",
-        (("model.layers.{i}.input_layernorm.weight", "h"),),
-    ),
-    Row(
-        "decoder.layers.{i}.self_attention.linear_qkv.weight",
-        "qkv",
-        (
-            ("model.layers.{i}.self_attn.q_proj.weight", "q h"),
-            ("model.layers.{i}.self_attn.k_proj.weight", "k h"),
-            ("model.layers.{i}.self_attn.v_proj.weight", "k h"),
-        ),
-    ),
-    Row(
-        "decoder.layers.{i}.self_attention.linear_qkv.bias",
-        "qkv",
-        (
-            ("model.layers.{i}.self_attn.q_proj.bias", "q"),
-            ("model.layers.{i}.self_attn.k_proj.bias", "k"),
-            ("model.layers.{i}.self_attn.v_proj.bias", "k"),
-        ),
-        "qkv_bias",
-    ),
-    Row(
-        "decoder.layers.{i}.self_attention.linear_proj.weight",
-        "copy",
-        (("model.layers.{i}.self_attn.o_proj.weight", "h q"),),
-    ),
-    Row(
-        "decoder.layers.{i}.self_attention.linear_proj.bias",
-        "copy",
-        (("model.layers.{i}.self_attn.o_proj.bias", "h"),),
-        "attention_out_bias",
-    ),
-    Row(
-        "decoder.layers.{i}.pre_mlp_layernorm.weight",
-        "copy",
-        (("model.layers.{i}.post_attention_layernorm.weight", "h"),),
-    ),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc1.weight",
-        "gate_up",
-        (
-            ("model.layers.{i}.mlp.gate_proj.weight", "f h"),
-            ("model.layers.{i}.mlp.up_proj.weight", "f h"),
-        ),
-    ),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc1.bias",
-        "gate_up",
-        (
-            ("model.layers.{i}.mlp.gate_proj.bias", "f"),
-            ("model.layers.{i}.mlp.up_proj.bias", "f"),
-        ),
-        "mlp_bias",
-    ),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc2.weight",
-        "copy",
-        (("model.layers.{i}.mlp.down_proj.weight", "h f"),),
-    ),
-    Row(
-        "decoder.layers.{i}.mlp.linear_fc2.bias",
-        "copy",
-        (("model.layers.{i}.mlp.down_proj.bias", "h"),),
-        "mlp_bias",
-    ),
-    Row("decoder.final_layernorm.weight", "copy", (("model.norm.weight", "h"),)),
-    Row("output_layer.weight", "vocab", (("lm_head.weight", "v h"),), "untied"),
-)
-
-# Mistral and Qwen2 name their tensors as Llama does; what differs (biases, head_dim, tied
-# embeddings) is in the ModelSpec.
-FAMILIES: dict[str, tuple[Row, ...]] = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA}
-
-CONDITIONS: dict[str, Callable[[ModelSpec], bool]] = {
-    "always": lambda spec: True,
-    "untied": lambda spec: not spec.tied_embeddings,
-    "qkv_bias": lambda spec: spec.qkv_bias,
-    "attention_out_bias": lambda spec: spec.attention_out_bias,
-    "mlp_bias": lambda spec: spec.mlp_bias,
-}
-
-AXES: dict[str, Callable[[ModelSpec], int]] = {
-    "v": lambda spec: spec.vocab_size,
-    "h": lambda spec: spec.hidden_size,
-    "f": lambda spec: spec.ffn_hidden_size,
-    "q": lambda spec: spec.num_attention_heads * spec.head_dim,
-    "k": lambda spec: spec.num_query_groups * spec.head_dim,
-}
+from megatron_deft.models.families import FAMILIES, ModelSpec
+from megatron_deft.models.families.table import AXES, Row
 
 # A tied model stores lm_head only by accident; it must then equal its embedding.
 TIED_COPY = ("lm_head.weight", "model.embed_tokens.weight")
 # Buffers that old transformers versions saved and that follow from the config.
 IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
 
+PRE_MLP_NORM = "pre_mlp_layernorm.weight"  # kept before experts, which fuse no norm
 # dist_checkpointing stores the norms under TransformerEngine's fused names (local spec:
 # sharded_state_dict_keys_map in megatron/core/models/gpt/gpt_layer_specs.py).
 CHECKPOINT_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
-    "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    PRE_MLP_NORM: "mlp.linear_fc1.layer_norm_weight",
 }
 LAYERS = "decoder.layers."
 
@@ -152,6 +49,11 @@ def _split_qkv(tensor: Tensor, spec: ModelSpec) -> tuple[Tensor, ...]:
     return tuple(part.reshape(-1, *rest) for part in parts)
 
 
+def _packed_sizes(spec: ModelSpec) -> list[int]:
+    heads, groups = spec.num_attention_heads, spec.num_query_groups
+    return [heads * spec.head_dim, groups * spec.head_dim, groups * spec.head_dim]
+
+
 class Transform(NamedTuple):
     """`join`: Hugging Face tensors to the Megatron one; `split`: its exact inverse."""
 
@@ -159,13 +61,13 @@ class Transform(NamedTuple):
     split: Callable[[Tensor, ModelSpec], tuple[Tensor, ...]]
 
 
-_COPY = Transform(lambda tensors, spec: tensors[0], lambda tensor, spec: (tensor,))
-
 TRANSFORMS: dict[str, Transform] = {
-    "copy": _COPY,
-    # As copy, but the stored tensor may have padding rows after the vocabulary's own.
-    "vocab": _COPY,
+    "copy": Transform(lambda tensors, spec: tensors[0], lambda tensor, spec: (tensor,)),
     "qkv": Transform(_join_qkv, _split_qkv),
+    "packed_qkv": Transform(
+        lambda tensors, spec: _join_qkv(tensors[0].split(_packed_sizes(spec)), spec),
+        lambda tensor, spec: (torch.cat(_split_qkv(tensor, spec)),),
+    ),
     "gate_up": Transform(
         lambda tensors, spec: torch.cat(tuple(tensors)), lambda tensor, spec: tensor.chunk(2)
     ),
@@ -178,13 +80,15 @@ class Parameter:
 
     megatron: str
     transform: str
+    shard: str  # one of families.table.SHARDS
     hf: dict[str, tuple[int, ...]]  # name -> shape, in the order the transform takes them
-    layer: int | None  # index over the whole model; None outside the layers
+    layer: int | None = None  # index over the whole model; None outside the layers
+    expert: int | None = None  # index over the whole layer
 
     @property
     def padded(self) -> bool:
         """Whether the stored tensor may have more rows than the Hugging Face one."""
-        return self.transform == "vocab"
+        return self.shard == "vocab"
 
 
 class Slot(NamedTuple):
@@ -199,18 +103,28 @@ class Slot(NamedTuple):
 def slots(parameter: Parameter, spec: ModelSpec) -> tuple[Slot, ...]:
     """Where it may lie, the place that import writes to first.
 
-    Megatron stacks the layers under one key, [layers, ...], or gives each layer a key of its own.
+    Megatron stacks the experts of a layer under one key, [experts, ...]; it stacks the layers too,
+    [layers, ...], where all of them are alike, or gives each layer a key of its own.
     """
     shape, name = megatron_shape(parameter, spec), parameter.megatron
-    start = (0,) * len(shape)
+    axes: list[tuple[int, int]] = []  # (size, offset) of the stacked axes
+    if parameter.expert is not None:
+        name = name.replace(f"local_experts.{parameter.expert}.", "experts.")
+        axes = [(spec.experts, parameter.expert)]
     if parameter.layer is None:
-        return (Slot(name, shape, start, shape),)
+        return (_slot(name, axes, shape),)
     name = name.removeprefix(f"{LAYERS}{parameter.layer}.")
-    name = CHECKPOINT_NAMES.get(name, name)
-    stacked = (spec.num_layers, *shape)
-    return (
-        Slot(f"{LAYERS}{name}", stacked, (parameter.layer, *start), (1, *shape)),
-        Slot(f"{LAYERS}{parameter.layer}.{name}", shape, start, shape),
+    if name != PRE_MLP_NORM or parameter.layer not in spec.expert_layers:
+        name = CHECKPOINT_NAMES.get(name, name)
+    stacked = _slot(f"{LAYERS}{name}", [(spec.num_layers, parameter.layer), *axes], shape)
+    own = _slot(f"{LAYERS}{parameter.layer}.{name}", axes, shape)
+    return (stacked, own) if spec.uniform_layers else (own,)
+
+
+def _slot(key: str, axes: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> Slot:
+    sizes, offsets = (tuple(axis[i] for axis in axes) for i in (0, 1))
+    return Slot(
+        key, (*sizes, *shape), (*offsets, *(0 for _ in shape)), (*(1 for _ in axes), *shape)
     )
 
 
@@ -219,23 +133,28 @@ def parameters(spec: ModelSpec) -> list[Parameter]:
     if spec.family not in FAMILIES:
         raise UserError(
             f"model family {spec.family!r} has no conversion table: legal are "
-            f"{', '.join(FAMILIES)}; a new one is a table in megatron_deft/convert/mapping.py"
+            f"{', '.join(sorted(FAMILIES))}; a new one is a file in megatron_deft/models/families"
         )
-    rows = (row for row in FAMILIES[spec.family] if CONDITIONS[row.when](spec))
+    rows = (row for row in FAMILIES[spec.family].rows if row.when(spec))
     found: list[Parameter] = []
     for per_layer, block in groupby(rows, key=lambda row: "{i}" in row.megatron):
         block_rows = tuple(block)
         for layer in range(spec.num_layers) if per_layer else (None,):
-            found.extend(_parameter(row, spec, layer) for row in block_rows)
+            found.extend(p for row in block_rows for p in _of_row(row, spec, layer))
     return found
 
 
-def _parameter(row: Row, spec: ModelSpec, layer: int | None) -> Parameter:
-    hf = {
-        name.format(i=layer): tuple(AXES[axis](spec) for axis in axes.split())
-        for name, axes in row.hf
-    }
-    return Parameter(row.megatron.format(i=layer), row.transform, hf, layer)
+def _of_row(row: Row, spec: ModelSpec, layer: int | None) -> Iterable[Parameter]:
+    if layer is not None and layer not in tuple(row.layers(spec)):
+        return
+    for expert in range(spec.experts) if "{e}" in row.megatron else (None,):
+        numbers = {"i": layer, "e": expert}
+        hf = {
+            name.format(**numbers): tuple(AXES[axis](spec) for axis in axes.split())
+            for name, axes in row.hf
+        }
+        name = row.megatron.format(**numbers)
+        yield Parameter(name, row.transform, row.shard, hf, layer, expert)
 
 
 def join(parameter: Parameter, tensors: Sequence[Tensor], spec: ModelSpec) -> Tensor:

@@ -1,6 +1,10 @@
 """ModelSpec -> TransformerConfig -> GPTModel."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,9 +14,14 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
 from megatron_deft.platform import device
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 RECOMPUTE: dict[str, dict[str, object]] = {
@@ -36,6 +45,8 @@ def transformer_config(
     tensor: int = 1,
     pipeline: int = 1,
     context: int = 1,
+    expert: int = 1,
+    virtual: int | None = None,
     sequence: bool = False,
     dtype: str = "fp32",
     recompute: str = "none",
@@ -48,7 +59,8 @@ def transformer_config(
 
     Args:
         spec: the architecture.
-        tensor, pipeline, context: parallel sizes.
+        tensor, pipeline, context, expert: parallel sizes.
+        virtual: model chunks of each pipeline stage (interleaved schedule); None: one.
         sequence: split norms and dropout along the sequence; only has effect with tensor > 1, and
             then every batch's length must be a multiple of tensor.
         dtype: "fp32" or "bf16", of parameters, activations and what pipeline stages send.
@@ -72,8 +84,14 @@ def transformer_config(
         kv_channels=spec.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=spec.rms_norm_eps,
-        activation_func=F.silu,
+        layernorm_zero_centered_gamma=spec.norm_plus_one,
+        qk_layernorm=spec.qk_norm,
+        softmax_scale=spec.attention_scale,
+        activation_func=ACTIVATIONS[spec.activation],
         gated_linear_unit=True,
+        rotary_interleaved=spec.rotary_interleaved,
+        **_window(spec),
+        **_experts(spec, expert),
         add_bias_linear=False,  # attention_out_bias and mlp_bias are in the layer spec
         add_qkv_bias=spec.qkv_bias,
         init_method_std=spec.initializer_range,
@@ -83,6 +101,7 @@ def transformer_config(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         context_parallel_size=context,
+        virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sequence and tensor > 1,
         bf16=dtype == "bf16",
         params_dtype=DTYPES[dtype],
@@ -94,44 +113,39 @@ def transformer_config(
         # A stage's output has been sent on; only its graph is needed for the backward pass.
         deallocate_pipeline_outputs=pipeline > 1,
         calculate_per_token_loss=calculate_per_token_loss,
-        bias_activation_fusion=fused,
+        bias_activation_fusion=fused and spec.activation == "silu",
         bias_dropout_fusion=fused,
-        apply_rope_fusion=fused,
+        apply_rope_fusion=fused and not spec.rotary_interleaved,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         **RECOMPUTE[recompute],
     )
 
 
-def inverse_frequencies(spec: ModelSpec) -> Tensor:
-    """The rotary angle per position of each pair of head dimensions, as transformers computes it.
+def _window(spec: ModelSpec) -> dict[str, Any]:
+    """config.window_size counts the tokens before; the list marks the layers that have it."""
+    if spec.window is None:
+        return {}
+    layers = [int(i in spec.window_layers) for i in range(spec.num_layers)]
+    return {"window_size": (spec.window - 1, 0), "window_attn_skip_freq": layers}
 
-    The operations and their order are transformers' (modeling_rope_utils.py), so the result is the
-    same to the last bit. megatron-core's own llama3 scaling fixes low_freq_factor, high_freq_factor
-    and the original length at Llama 3.1's values.
 
-    Returns: [head_dim / 2] float32 on the CPU, radians.
-    """
-    exponents = torch.arange(0, spec.head_dim, 2, dtype=torch.int64).to(torch.float) / spec.head_dim
-    frequencies = 1.0 / (spec.rope_theta**exponents)
-    scaling = spec.rope_scaling
-    if scaling is None:
-        return frequencies
-    factor = scaling["factor"]
-    if scaling["rope_type"] == "linear":
-        return frequencies / factor
-    assert scaling["rope_type"] == "llama3", scaling
-
-    # Slow pairs (a turn longer than the original context) are slowed by `factor`, fast ones kept,
-    # those between interpolated.
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    original_length = scaling["original_max_position_embeddings"]
-    wavelength = 2 * math.pi / frequencies
-    scaled = torch.where(wavelength > original_length / low, frequencies / factor, frequencies)
-    smooth = (original_length / wavelength - low) / (high - low)
-    interpolated = (1 - smooth) * scaled / factor + smooth * scaled
-    is_between = ~(wavelength < original_length / high) * ~(wavelength > original_length / low)
-    return torch.where(is_between, interpolated, scaled)
+def _experts(spec: ModelSpec, expert: int) -> dict[str, Any]:
+    if not spec.expert_layers:
+        return {}
+    layers = [int(i in spec.expert_layers) for i in range(spec.num_layers)]
+    return {
+        "num_moe_experts": spec.experts,
+        "moe_router_topk": spec.experts_per_token,
+        "moe_ffn_hidden_size": spec.expert_ffn_hidden_size,
+        "moe_layer_freq": 1 if spec.uniform_layers else layers,
+        # softmax over the chosen experts' scores alone is softmax over all, made to sum to 1
+        "moe_router_pre_softmax": not spec.normalise_expert_weights,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": expert,
+    }
 
 
 def build_model(
@@ -141,6 +155,7 @@ def build_model(
     vocab_pad_multiple: int = 128,
     pre_process: bool | None = None,
     post_process: bool | None = None,
+    vp_stage: int | None = None,
 ) -> GPTModel:
     """The GPTModel of this rank, on device(), in tcfg.params_dtype; weights are random.
 
@@ -153,6 +168,7 @@ def build_model(
         vocab_pad_multiple: see padded_vocab.
         pre_process, post_process: whether to hold the embedding and the output layer; by default
             the first and the last pipeline stage do.
+        vp_stage: which of this stage's model chunks, with a virtual pipeline.
     """
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage()
@@ -160,9 +176,7 @@ def build_model(
         post_process = parallel_state.is_pipeline_last_stage()
     model = GPTModel(
         config=tcfg,
-        transformer_layer_spec=block_spec(
-            tcfg, attention_out_bias=spec.attention_out_bias, mlp_bias=spec.mlp_bias
-        ),
+        transformer_layer_spec=block_spec(tcfg, spec, vp_stage),
         vocab_size=padded_vocab(
             spec.vocab_size, vocab_pad_multiple, tcfg.tensor_model_parallel_size
         ),
@@ -171,8 +185,35 @@ def build_model(
         post_process=post_process,
         share_embeddings_and_output_weights=spec.tied_embeddings,
         position_embedding_type="rope",
+        rotary_percent=spec.rotary_fraction,
         rotary_base=spec.rope_theta,
+        vp_stage=vp_stage,
     )
     # A plain attribute, not a buffer: neither .to(bfloat16) nor a checkpoint touches it.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(device())
+    if pre_process and spec.embedding_scale != 1:
+        model.embedding.register_forward_hook(_Scale(spec.embedding_scale))
+    if post_process and spec.logits_softcap is not None:
+        model.output_layer.register_forward_hook(_Softcap(spec.logits_softcap))
     return model
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """Forward hook: the output times a factor, which is rounded to its dtype as in transformers."""
+
+    factor: float
+
+    def __call__(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
+        return output * torch.tensor(self.factor, dtype=output.dtype, device=output.device)
+
+
+@dataclass(frozen=True)
+class _Softcap:
+    """Forward hook of the output layer, which returns (logits, bias): cap * tanh(logits / cap)."""
+
+    cap: float
+
+    def __call__(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        logits, bias = output
+        return torch.tanh(logits / self.cap) * self.cap, bias

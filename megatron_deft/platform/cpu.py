@@ -117,6 +117,28 @@ def _set_rng_state(state: Tensor, device: Any = None, graph_safe: bool = False) 
     torch.set_rng_state(state)
 
 
+class _Stream:
+    """The one order in which a CPU does things, for who would put copies on a stream of their own.
+
+    It is its own event: both are there only to be waited for.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Stream)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def wait_stream(self, stream: "_Stream") -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def record_event(self) -> "_Stream":
+        """Something to synchronize with."""
+        return self
+
+
 def _is_real_warning(record: logging.LogRecord) -> bool:
     """False for the RNG tracker's complaint that the CPU generator moved: here it has to."""
     return "CPU RNG state changed" not in record.getMessage()
@@ -132,6 +154,9 @@ def _redirect() -> ExitStack:
         (torch.cuda, "current_device", lambda: CPU),
         # After p2p (batch_p2p_sync) and around checkpoints: gloo's wait() has already finished.
         (torch.cuda, "synchronize", lambda device=None: None),
+        # The dispatcher of experts' tokens copies their counts to the host beside the computation.
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "current_stream", lambda device=None: _Stream()),
         (torch.autograd, "_engine_run_backward", _run_backward),
         # The RNG tracker keeps one generator state per kind of parallelism and swaps them in the
         # CUDA generator; here it swaps them in the CPU generator, the one that draws.

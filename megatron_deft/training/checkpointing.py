@@ -230,7 +230,7 @@ def load(
             "without --resume"
         )
     saved = manifest["config"]["parallel"]["distributed_optimizer"]
-    if manifest["spec"] != spec.to_json():
+    if ModelSpec.from_json(manifest["spec"]) != spec:
         raise UserError(
             f"model.load={cfg.model.load} is another architecture than {folder} was trained with: "
             "name the weights that run started from"

@@ -8,10 +8,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Glm4Config,
+    GlmConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 COMMON: dict[str, Any] = {
@@ -28,6 +35,13 @@ LLAMA3_ROPE = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
+}
+YARN_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 700.0,
+    "factor": 4.0,
+    "beta_fast": 8.0,
+    "original_max_position_embeddings": 32,
 }
 
 CONFIGS: dict[str, PretrainedConfig] = {
@@ -49,6 +63,69 @@ CONFIGS: dict[str, PretrainedConfig] = {
     ),
     "mistral_wide_heads": MistralConfig(
         **COMMON, vocab_size=128, num_key_value_heads=2, head_dim=12, sliding_window=None
+    ),
+    "llama_yarn": LlamaConfig(
+        **COMMON, vocab_size=128, num_key_value_heads=2, rope_parameters=YARN_ROPE
+    ),
+    "mistral_window": MistralConfig(
+        **COMMON, vocab_size=128, num_key_value_heads=2, sliding_window=8
+    ),
+    "qwen2_windows": Qwen2Config(
+        **COMMON,
+        vocab_size=128,
+        num_key_value_heads=2,
+        use_sliding_window=True,
+        sliding_window=8,
+        max_window_layers=3,
+    ),
+    "qwen3_tied": Qwen3Config(
+        **COMMON, vocab_size=128, num_key_value_heads=2, head_dim=16, tie_word_embeddings=True
+    ),
+    "qwen3_moe": Qwen3MoeConfig(
+        **COMMON,
+        vocab_size=128,
+        num_key_value_heads=2,
+        moe_intermediate_size=24,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+    ),
+    "qwen3_moe_mixed": Qwen3MoeConfig(
+        **COMMON,
+        vocab_size=128,
+        num_key_value_heads=2,
+        moe_intermediate_size=24,
+        num_experts=4,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        mlp_only_layers=[1],
+    ),
+    "mixtral": MixtralConfig(
+        **COMMON, vocab_size=128, num_key_value_heads=2, num_local_experts=4, sliding_window=None
+    ),
+    "gemma2": Gemma2Config(
+        **COMMON,
+        vocab_size=128,
+        num_key_value_heads=2,
+        head_dim=12,
+        query_pre_attn_scalar=20,
+        sliding_window=8,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=3.0,
+    ),
+    "phi3_partial": Phi3Config(
+        **COMMON,
+        vocab_size=128,
+        num_key_value_heads=2,
+        rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        sliding_window=9,
+        pad_token_id=None,
+    ),
+    "glm": GlmConfig(
+        **COMMON, vocab_size=128, num_key_value_heads=2, head_dim=8, pad_token_id=None
+    ),
+    "glm4": Glm4Config(
+        **COMMON, vocab_size=130, num_key_value_heads=1, head_dim=16, pad_token_id=None
     ),
 }
 

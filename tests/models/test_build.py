@@ -19,14 +19,10 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_deft.models.build import (
-    build_model,
-    inverse_frequencies,
-    padded_vocab,
-    transformer_config,
-)
+from megatron_deft.models.attention import TorchAttention
+from megatron_deft.models.build import build_model, padded_vocab, transformer_config
 from megatron_deft.models.families import ModelSpec, spec_from_hf
-from megatron_deft.models.spec import TorchAttention
+from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.platform import initialize, shutdown
 from tests.models.weights import copy_weights
 
@@ -228,7 +224,7 @@ def test_attention_refuses_by_name_what_it_cannot_do() -> None:
         (lambda: module(query, key, value, None, packed_seq_params=1), "packed_seq_params"),
         (lambda: module(query[:1], key, value, None), "key/value cache"),
         (lambda: module(query, key, value, None, AttnMaskType.padding), "attn_mask_type"),
-        (lambda: attention(TorchAttention, window_size=(4, 0)), "window_size"),
+        (lambda: attention(TorchAttention, window_size=(4, 1)), "window_size"),
         (lambda: attention(TorchAttention, context_parallel_size=2), "context_parallel_size"),
         (lambda: attention(TorchAttention, attn_mask_type=AttnMaskType.padding), "padding mask"),
     ):

@@ -8,7 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config
+from transformers import (
+    Gemma2Config,
+    Glm4Config,
+    GlmConfig,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Phi3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from megatron_deft.errors import UserError
 from megatron_deft.models.families import ModelSpec, spec_from_hf
@@ -108,20 +120,34 @@ def test_what_transformers_makes_of_it_is_the_same_model(
 
 
 @pytest.mark.parametrize(
-    "config_class", [LlamaConfig, Qwen2Config, lambda **kw: MistralConfig(**kw)]
+    "config_class",
+    [
+        Gemma2Config,
+        Glm4Config,
+        GlmConfig,
+        LlamaConfig,
+        MistralConfig,
+        MixtralConfig,
+        Phi3Config,
+        Qwen2Config,
+        Qwen3Config,
+        Qwen3MoeConfig,
+    ],
 )
 def test_absent_keys_mean_what_they_mean_to_transformers(
     config_class: Callable[..., PretrainedConfig],
 ) -> None:
-    sizes = {
+    sizes: dict[str, Any] = {
         "hidden_size": 256,
         "num_attention_heads": 32,
         "num_hidden_layers": 2,
         "intermediate_size": 300,
         "vocab_size": 1000,
     }
-    whole = config_class(sliding_window=None, **sizes).to_dict()
-    bare = {**sizes, "model_type": whole["model_type"], "sliding_window": None}
+    if config_class is not Gemma2Config:  # which has a window always
+        sizes["sliding_window"] = None
+    whole = config_class(**sizes).to_dict()
+    bare = {**sizes, "model_type": whole["model_type"]}
     assert spec_from_hf(bare) == spec_from_hf(whole)
 
 
@@ -149,16 +175,34 @@ def mistral(**changes: Any) -> dict[str, Any]:
     return {**MistralConfig(sliding_window=None).to_dict(), **changes}
 
 
+def phi3(**changes: Any) -> dict[str, Any]:
+    return {**Phi3Config().to_dict(), **changes}
+
+
+def test_windows() -> None:
+    spec = spec_from_hf(mistral(sliding_window=4096))
+    assert (spec.window, spec.window_layers) == (4096, tuple(range(32)))
+    absent = {k: v for k, v in mistral().items() if k != "sliding_window"}
+    assert spec_from_hf(absent) == spec
+    spec = spec_from_hf({**QWEN_25_1B, "use_sliding_window": True, "max_window_layers": 26})
+    assert (spec.window, spec.window_layers) == (131072, (26, 27))
+    spec = spec_from_hf(Gemma2Config(num_hidden_layers=4).to_dict())
+    assert (spec.window, spec.window_layers) == (4096, (0, 2))
+    assert spec_from_hf(QWEN_25_1B).window is None
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, r"'gpt2' is not one of \['llama', 'mistral', 'qwen2'\]"),
+        ({"model_type": "gpt2"}, "'gpt2' is not one of gemma2, glm, glm4, llama, mistral, "),
         ({}, "model_type 'None'"),
         ({**LLAMA_31_8B, "hidden_act": "gelu"}, "hidden_act 'gelu' .* silu"),
         ({**LLAMA_31_8B, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({**LLAMA_31_8B, "quantization_config": {"bits": 4}}, "quantization_config"),
         ({**LLAMA_31_8B, "architectures": ["LlamaForTokenClassification"]}, "LlamaForCausalLM"),
-        ({**LLAMA_31_8B, "rope_scaling": {"rope_type": "yarn", "factor": 4}}, "rope_type 'yarn'"),
+        ({**LLAMA_31_8B, "rope_scaling": {"rope_type": "dynamic"}}, "rope_type 'dynamic'"),
+        ({**LLAMA_31_8B, "rope_scaling": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ({**LLAMA_31_8B, "layer_types": ["sliding_attention"] * 32}, "layer_types"),
         ({**LLAMA_31_8B, "rope_scaling": {"rope_type": "llama3"}}, "lacks .*'factor'"),
         ({**LLAMA_31_8B, "rope_parameters": {"rope_theta": 1e4}}, "rope_theta is given as"),
         (
@@ -172,12 +216,27 @@ def mistral(**changes: Any) -> dict[str, Any]:
         ({**LLAMA_31_8B, "num_key_value_heads": 5}, "32 heads do not divide by 5 groups"),
         ({**LLAMA_31_8B, "num_attention_heads": 33}, "not a multiple of 33 heads"),
         ({**LLAMA_31_8B, "vocab_size": None}, "vocab_size must be a positive integer, got None"),
-        ({**QWEN_25_1B, "use_sliding_window": True}, "use_sliding_window True"),
         ({**QWEN_25_1B, "layer_types": ["sliding_attention"] * 28}, "layer_types"),
-        (mistral(sliding_window=4096), "sliding_window 4096 .* null"),
+        ({**QWEN_25_1B, "layer_types": ["full_attention"] * 27}, "layer_types .* of 27 layers"),
+        (mistral(layer_types=["full_attention"]), "layer_types"),
+        (phi3(rope_scaling={"rope_type": "yarn"}), "rope_scaling .* of rope_type default"),
+        (phi3(rope_parameters={"rope_type": "longrope"}), "rope_parameters .* default"),
+        (phi3(embd_pdrop=0.1), "embd_pdrop 0.1"),
+        ({**Gemma2Config().to_dict(), "hidden_activation": "relu"}, "hidden_activation 'relu'"),
+        ({**Gemma2Config(use_bidirectional_attention=True).to_dict()}, "use_bidirectional"),
+        ({**MixtralConfig(router_jitter_noise=0.1).to_dict()}, "router_jitter_noise 0.1"),
+        ({**Qwen3MoeConfig(use_sliding_window=True).to_dict()}, "use_sliding_window True"),
         (
-            {k: v for k, v in mistral().items() if k != "sliding_window"},
-            "sliding_window 4096",
+            {
+                **Glm4Config().to_dict(),
+                "rope_parameters": {
+                    "rope_type": "yarn",
+                    "factor": 4.0,
+                    "rope_theta": 1e4,
+                    "partial_rotary_factor": 0.5,
+                },
+            },
+            "yarn with partial_rotary_factor",
         ),
     ],
 )

@@ -1,0 +1,81 @@
+"""ModelSpec: the architecture of a decoder, in one vocabulary for every family. Knows no torch."""
+
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from megatron_deft.errors import UserError
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A pre-norm decoder: RMSNorm, rotary positions, a gated MLP or experts.
+
+    Sizes are of the whole model, not of a tensor-parallel shard.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int  # key/value heads
+    head_dim: int
+    vocab_size: int  # rows of the Hugging Face embedding, without Megatron's padding
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict[str, Any] | None  # {"rope_type": one of rope.PARAMETERS, its parameters}
+    tied_embeddings: bool
+    qkv_bias: bool
+    attention_out_bias: bool
+    mlp_bias: bool
+    initializer_range: float
+    # What follows came after the first manifests were written: each has a default.
+    activation: str = "silu"  # of the gated MLP: "silu" or "gelu_tanh"
+    qk_norm: bool = False  # RMSNorm of each head's query and key
+    post_norms: bool = False  # attention and MLP are normalised before the residual sum too
+    norm_plus_one: bool = False  # norms multiply by 1 + weight
+    embedding_scale: float = 1.0
+    attention_scale: float | None = None  # of query . key; None: 1 / sqrt(head_dim)
+    attention_softcap: float | None = None  # cap * tanh(score / cap)
+    logits_softcap: float | None = None
+    window: int | None = None  # tokens that a token attends to, itself among them
+    window_layers: tuple[int, ...] = ()  # layers that have the window
+    rotary_fraction: float = 1.0  # of the head dimensions, the first ones
+    rotary_interleaved: bool = False  # pairs are neighbours, not halves apart
+    experts: int = 0  # of each layer in expert_layers
+    experts_per_token: int = 0
+    expert_ffn_hidden_size: int = 0
+    expert_layers: tuple[int, ...] = ()  # the other layers have an MLP
+    normalise_expert_weights: bool = True  # a token's expert weights sum to 1
+
+    @property
+    def rotary_dim(self) -> int:
+        """Head dimensions that are rotated."""
+        return int(self.head_dim * self.rotary_fraction)
+
+    @property
+    def uniform_layers(self) -> bool:
+        """Whether every layer has the same parameters: Megatron then stacks them in checkpoints."""
+        return len(self.expert_layers) in (0, self.num_layers)
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as a dict that json can write."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> "ModelSpec":
+        """The spec that to_json() wrote, of this version or an earlier one.
+
+        Errors: UserError on a missing or unknown field.
+        """
+        known = {field.name: field for field in fields(ModelSpec)}
+        required = {name for name, field in known.items() if field.default is MISSING}
+        if not required <= set(data) <= set(known):
+            raise UserError(
+                f"model spec: missing fields {sorted(required - set(data))}, unknown fields "
+                f"{sorted(set(data) - set(known))}: convert the model again with this version"
+            )
+        tuples = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
+        return ModelSpec(**{**data, **tuples})
