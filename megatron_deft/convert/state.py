@@ -178,21 +178,30 @@ class StateReader:
         return target
 
 
-def load_model(model: torch.nn.Module, folder: str | Path) -> None:
+def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path) -> None:
     """Load FOLDER/state (`folder` is the state folder) into this rank's GPTModel, in its dtype.
 
-    Every rank calls it, with whatever parallel layout the process groups have. Rows of vocabulary
-    padding become zero. Errors: megatron's CheckpointingException or KeyError when a parameter is
-    missing or has another shape.
+    Every rank calls it, with whatever parallel layout the process groups have; with a virtual
+    pipeline, `model` is all of the rank's chunks. Rows of vocabulary padding become zero.
+    Errors: megatron's CheckpointingException or KeyError when a parameter is missing or has another
+    shape.
     """
     from megatron.core import dist_checkpointing
 
-    wanted = model.sharded_state_dict()  # type: ignore[operator]
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
     # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none.
-    wanted = {key: value for key, value in wanted.items() if not key.endswith("_extra_state")}
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    wanted = {
+        f"model{i}": {
+            key: value
+            for key, value in chunk.sharded_state_dict().items()  # type: ignore[operator]
+            if not key.endswith("_extra_state")
+        }
+        for i, chunk in enumerate(chunks)
+    }
     # It brings along whatever else the checkpoint keeps in common.pt, such as learning rates.
-    result = model.load_state_dict({key: loaded[key] for key in wanted}, strict=False)
-    missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
-    assert not missing, missing
-    assert not result.unexpected_keys, result.unexpected_keys
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    for i, chunk in enumerate(chunks):
+        result = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
+        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        assert not missing, missing
+        assert not result.unexpected_keys, result.unexpected_keys

@@ -171,9 +171,13 @@ def build_model(
         vp_stage: which of this stage's model chunks, with a virtual pipeline.
     """
     if pre_process is None:
-        pre_process = parallel_state.is_pipeline_first_stage()
+        pre_process = parallel_state.is_pipeline_first_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        )
     if post_process is None:
-        post_process = parallel_state.is_pipeline_last_stage()
+        post_process = parallel_state.is_pipeline_last_stage(
+            ignore_virtual=False, vp_stage=vp_stage
+        )
     model = GPTModel(
         config=tcfg,
         transformer_layer_spec=block_spec(tcfg, spec, vp_stage),

@@ -48,7 +48,15 @@ def backend() -> str:
     return "nccl" if torch.cuda.is_available() else "gloo"
 
 
-def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int = 1234) -> None:
+def initialize(
+    tensor: int = 1,
+    pipeline: int = 1,
+    context: int = 1,
+    seed: int = 1234,
+    *,
+    expert: int = 1,
+    virtual: int | None = None,
+) -> None:
     """Start torch.distributed, megatron-core's process groups and the random generators.
 
     torch.distributed is used as it is when it runs already, else started from torchrun's
@@ -57,6 +65,8 @@ def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int =
 
     Args:
         tensor, pipeline, context: parallel sizes; the rest of the world is data parallel.
+        expert: over how many ranks of a pipeline stage a layer's experts are spread.
+        virtual: model chunks of each pipeline stage (interleaved schedule); None: one.
         seed: of python, numpy, torch and megatron-core's generators; at least 0. Pipeline stages
             draw differently, and so do tensor-parallel ranks inside tensor-parallel regions;
             data-parallel ranks draw alike.
@@ -72,11 +82,13 @@ def initialize(tensor: int = 1, pipeline: int = 1, context: int = 1, seed: int =
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     _start_torch_distributed()
     try:
-        _check_layout(tensor, pipeline, context)
+        _check_layout(tensor, pipeline, context, expert)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
+            expert_model_parallel_size=expert,
+            virtual_pipeline_model_parallel_size=virtual,
         )
         seed_everything(seed)
     except BaseException:
@@ -101,12 +113,17 @@ def _start_torch_distributed() -> None:
     _owns_process_group = True
 
 
-def _check_layout(tensor: int, pipeline: int, context: int) -> None:
+def _check_layout(tensor: int, pipeline: int, context: int, expert: int) -> None:
     world, model = dist.get_world_size(), tensor * pipeline * context
     if model < 1 or world % model:
         raise UserError(
             f"parallel: tensor {tensor} x pipeline {pipeline} x context {context} = {model} must "
             f"divide the {world} started process(es): change the sizes or torchrun --nproc-per-node"
+        )
+    if expert < 1 or world % (tensor * pipeline * expert):
+        raise UserError(
+            f"parallel: tensor {tensor} x pipeline {pipeline} x expert {expert} must divide the "
+            f"{world} started process(es): change the sizes or torchrun --nproc-per-node"
         )
 
 

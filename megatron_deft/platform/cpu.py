@@ -139,6 +139,11 @@ class _Stream:
         return self
 
 
+def _counts(counts: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    """Counts of tokens: all-to-all wants numbers, and megatron-core leaves a CPU tensor alone."""
+    return counts.numpy() if as_numpy and isinstance(counts, Tensor) else counts
+
+
 def _is_real_warning(record: logging.LogRecord) -> bool:
     """False for the RNG tracker's complaint that the CPU generator moved: here it has to."""
     return "CPU RNG state changed" not in record.getMessage()
@@ -148,6 +153,7 @@ def _redirect() -> ExitStack:
     """Put every redirection in force and return the stack that takes them back."""
     import_megatron()
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
     redirections: list[tuple[Any, str, Any]] = [
         # torch.empty(..., device=torch.cuda.current_device()): layers, mappings, p2p, buffers.
@@ -157,6 +163,7 @@ def _redirect() -> ExitStack:
         # The dispatcher of experts' tokens copies their counts to the host beside the computation.
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "current_stream", lambda device=None: _Stream()),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _counts),
         (torch.autograd, "_engine_run_backward", _run_backward),
         # The RNG tracker keeps one generator state per kind of parallelism and swaps them in the
         # CUDA generator; here it swaps them in the CPU generator, the one that draws.

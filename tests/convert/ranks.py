@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,41 +13,68 @@ from megatron_deft.convert.state import load_model
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import initialize, shutdown
 
-# case -> (tensor, pipeline, vocabulary padding). At 128 x 2 a vocabulary of 128 leaves the second
-# tensor-parallel rank nothing but padding, one of 260 at 256 x 2 leaves it four rows.
-RUNS: dict[str, tuple[tuple[int, int, int], ...]] = {
-    "llama_mha_untied": ((2, 1, 128), (2, 2, 1)),
-    "llama_gqa_tied": ((1, 2, 7), (2, 2, 256)),
-    "llama_biases_odd_vocab": ((2, 2, 128),),
-    "qwen2_biases": ((2, 2, 64),),
-    "mistral_wide_heads": ((2, 2, 128),),
+
+class Layout(NamedTuple):
+    """Parallel sizes, and the multiple that the vocabulary is padded to."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    virtual: int | None = None
+    pad: int = 128
+
+
+# At 128 x 2 a vocabulary of 128 leaves the second tensor-parallel rank nothing but padding, one of
+# 260 at 256 x 2 leaves it four rows.
+RUNS: dict[str, tuple[Layout, ...]] = {
+    "llama_mha_untied": (Layout(4), Layout(2, 2, pad=1)),
+    "llama_gqa_tied": (Layout(1, 2, pad=7), Layout(2, 2, pad=256)),
+    "llama_biases_odd_vocab": (Layout(2, 2), Layout(1, 2, virtual=2)),
+    "qwen2_biases": (Layout(2, 1), Layout(2, 2, pad=64)),
+    "mistral_wide_heads": (Layout(2, 2),),
+    "mistral_window": (Layout(1, 2, virtual=2),),
+    "llama_yarn": (Layout(2, 2),),
+    "qwen2_windows": (Layout(2, 2),),
+    "qwen3_tied": (Layout(2, 1), Layout(2, 2)),
+    "gemma2": (Layout(2, 1), Layout(2, 2)),
+    "phi3_partial": (Layout(2, 2),),
+    "glm": (Layout(2, 2),),
+    "glm4": (Layout(1, 2), Layout(1, 2, virtual=2)),
+    "mixtral": (Layout(1, 2, expert=2), Layout(1, 1, expert=4)),
+    "qwen3_moe": (Layout(2, 2), Layout(1, 1, expert=2)),
+    "qwen3_moe_mixed": (Layout(1, 2, expert=2),),
 }
-SAVED = ("llama_biases_odd_vocab", "llama_gqa_tied", "qwen2_biases")  # at TP2 x PP2
 IDS = torch.arange(64).reshape(2, 32)
 
 
-def forward(model: Any, ids: Tensor, hidden: int) -> Tensor | None:
-    """Logits [b, s, padded vocabulary / tensor] on the last pipeline stage, else None."""
+def forward(chunks: Sequence[Any], ids: Tensor, hidden: int) -> Tensor | None:
+    """Logits [b, s, padded vocabulary / tensor] on the last pipeline stage, else None.
+
+    The stages take turns: the first chunk of each, then the second of each.
+    """
     from megatron.core import parallel_state as ps
 
     positions = torch.arange(ids.shape[1]).expand_as(ids)
-    if not ps.is_pipeline_first_stage():
-        received = torch.empty(ids.shape[1], ids.shape[0], hidden)
-        dist.recv(received, ps.get_pipeline_model_parallel_prev_rank())
-        model.set_input_tensor(received)
-    output = model(ids, positions, None)
-    if ps.is_pipeline_last_stage():
-        return output
-    dist.send(output, ps.get_pipeline_model_parallel_next_rank())
+    output = None
+    for number, chunk in enumerate(chunks):
+        if number or not ps.is_pipeline_first_stage():
+            received = torch.empty(ids.shape[1], ids.shape[0], hidden)
+            if ps.get_pipeline_model_parallel_world_size() > 1:
+                dist.recv(received, ps.get_pipeline_model_parallel_prev_rank())
+            chunk.set_input_tensor(received)
+        output = chunk(ids, positions, None)
+        if number == len(chunks) - 1 and ps.is_pipeline_last_stage():
+            return output
+        dist.send(output, ps.get_pipeline_model_parallel_next_rank())
     return None
 
 
-def save(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
+def save(chunks: Sequence[Any], folder: Path, manifest: dict[str, Any]) -> None:
     """A checkpoint as training writes it: the model's tensors beside an optimizer's."""
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    state = dict(model.sharded_state_dict())
+    state = {f"model{i}": dict(chunk.sharded_state_dict()) for i, chunk in enumerate(chunks)}
     state["optimizer"] = {"param_groups": [{"lr": 0.1}], "step": 1}
     state["moment"] = ShardedTensor.from_rank_offsets(
         "optimizer.state.exp_avg.decoder.final_layernorm.weight",
@@ -66,36 +93,46 @@ def save(model: Any, folder: Path, manifest: dict[str, Any]) -> None:
 def run_layouts(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for case, layouts in RUNS.items():
-        for tensor, pipeline, pad in layouts:
-            initialize(tensor=tensor, pipeline=pipeline)
-            results[f"{case} {tensor} {pipeline} {pad}"] = run_layout(
-                root / case, tensor, pipeline, pad
+        for layout in layouts:
+            initialize(
+                tensor=layout.tensor,
+                pipeline=layout.pipeline,
+                expert=layout.expert,
+                virtual=layout.virtual,
             )
+            results[f"{case} {layout}"] = run_layout(root / case, layout, layout is layouts[-1])
             shutdown()
     return results
 
 
 @torch.no_grad()
-def run_layout(root: Path, tensor: int, pipeline: int, pad: int) -> dict[str, Any]:
+def run_layout(root: Path, layout: Layout, is_saved: bool) -> dict[str, Any]:
     from megatron.core import parallel_state as ps
 
     from megatron_deft.models.build import build_model, transformer_config
 
     manifest = folders.read_manifest(root / "weights")
     spec = ModelSpec.from_json(manifest["spec"])
-    config = transformer_config(spec, tensor=tensor, pipeline=pipeline)
-    model = build_model(spec, config, vocab_pad_multiple=pad).eval()
-    for parameter in model.parameters():
-        parameter.fill_(float("nan"))
-    load_model(model, root / "weights" / "state")
+    sizes = layout._asdict()
+    pad = sizes.pop("pad")
+    config = transformer_config(spec, **sizes, sequence=layout.expert > 1)
+    stages = range(layout.virtual) if layout.virtual else (None,)
+    chunks = [build_model(spec, config, vocab_pad_multiple=pad, vp_stage=s).eval() for s in stages]
+    for chunk in chunks:
+        for parameter in chunk.parameters():
+            parameter.fill_(float("nan"))
+    load_model(chunks, root / "weights" / "state")
     vocab: Sequence[Tensor] = [
-        p for n, p in model.named_parameters() if "word_embeddings" in n or "output_layer" in n
+        p
+        for chunk in chunks
+        for n, p in chunk.named_parameters()
+        if "word_embeddings" in n or "output_layer" in n
     ]
     first_row = ps.get_tensor_model_parallel_rank() * len(vocab[0]) if vocab else 0
     padding = [table[max(0, spec.vocab_size - first_row) :] for table in vocab]
-    shard = forward(model, IDS, spec.hidden_size)
-    if (tensor, pipeline) == (2, 2) and root.name in SAVED:
-        save(model, root / "run" / "checkpoints" / folders.step_name(1), manifest)
+    shard = forward(chunks, IDS, spec.hidden_size)
+    if is_saved:
+        save(chunks, root / "run" / "checkpoints" / folders.step_name(1), manifest)
     return {
         "data": ps.get_data_parallel_rank(),
         "tensor": ps.get_tensor_model_parallel_rank(),

@@ -8,7 +8,7 @@ import torch
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert.hf import export_hf, import_hf
-from tests.convert.ranks import IDS, RUNS, SAVED, run_layouts
+from tests.convert.ranks import IDS, RUNS, Layout, run_layouts
 from tests.convert.tiny_models import CONFIGS, assert_same_tensors, logits, make, tensors
 from tests.distributed import run_ranks
 
@@ -27,18 +27,23 @@ def ranks(root: Path) -> list[dict[str, Any]]:
     return run_ranks(4, run_layouts, root)
 
 
-LAYOUTS = [(case, *layout) for case, layouts in RUNS.items() for layout in layouts]
+LAYOUTS = [(case, layout) for case, layouts in RUNS.items() for layout in layouts]
 
 
-@pytest.mark.parametrize(("case", "tensor", "pipeline", "pad"), LAYOUTS)
+def test_every_model_has_its_layouts() -> None:
+    families = {CONFIGS[case].model_type for case in RUNS}
+    assert families == {config.model_type for config in CONFIGS.values()}
+
+
+@pytest.mark.parametrize(("case", "layout"), LAYOUTS)
 def test_logits_at_every_layout(
-    root: Path, ranks: list[dict[str, Any]], case: str, tensor: int, pipeline: int, pad: int
+    root: Path, ranks: list[dict[str, Any]], case: str, layout: Layout
 ) -> None:
-    found = [rank[f"{case} {tensor} {pipeline} {pad}"] for rank in ranks]
+    found = [rank[f"{case} {layout}"] for rank in ranks]
     reference = logits(root / case / "hf", IDS)
-    multiple = pad * tensor
+    multiple = layout.pad * layout.tensor
     padded = -(-reference.shape[-1] // multiple) * multiple
-    for replica in range(4 // (tensor * pipeline)):
+    for replica in range(4 // (layout.tensor * layout.pipeline)):
         last = [r for r in found if r["data"] == replica and r["shard"] is not None]
         last.sort(key=lambda r: r["tensor"])
         whole = torch.cat([r["shard"] for r in last], dim=-1)
@@ -49,8 +54,8 @@ def test_logits_at_every_layout(
     assert (padded > reference.shape[-1]) == any(r["padded_rows"] for r in found)
 
 
-@pytest.mark.parametrize("case", SAVED)
-def test_a_checkpoint_of_tp2_pp2_ranks_is_exported_bit_for_bit(
+@pytest.mark.parametrize("case", RUNS)
+def test_a_checkpoint_of_ranks_is_exported_bit_for_bit(
     root: Path, ranks: list[dict[str, Any]], case: str, tmp_path: Path
 ) -> None:
     run = root / case / "run"

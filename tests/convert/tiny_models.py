@@ -112,6 +112,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         sliding_window=8,
         attn_logit_softcapping=2.0,
         final_logit_softcapping=3.0,
+        pad_token_id=None,
     ),
     "phi3_partial": Phi3Config(
         **COMMON,
