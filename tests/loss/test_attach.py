@@ -152,7 +152,7 @@ def with_mtp(rank: int, world: int) -> tuple[Tensor, Tensor]:
 
     config = transformer_config(SPEC, calculate_per_token_loss=True)
     config.mtp_num_layers, config.mtp_loss_scaling_factor = 1, 1.0
-    layers = block_spec(config, attention_out_bias=False, mlp_bias=False)
+    layers = block_spec(config, SPEC)
     model = GPTModel(
         config=config,
         transformer_layer_spec=layers,
