@@ -15,7 +15,7 @@ import json
 import queue
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +183,14 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 
 def verify(
-    folder: str | Path, checksums: bool = True, known: Mapping[str, Mapping[str, Any]] | None = None
+    folder: str | Path,
+    checksums: bool | Container[str] = True,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """What is wrong with `folder`, one line per problem; empty when it is whole.
 
-    Compares every file of the manifest by presence and size, then (with `checksums`) by blake2b.
-    `known` are the hashes of files, as of `hash_files`, that need not be computed again.
+    Compares every file of the manifest by presence and size, then by blake2b: all of them, none, or
+    those named in `checksums`. `known` are hashes, as of `hash_files`, that are not computed again.
     """
     folder = Path(folder)
     try:
@@ -196,6 +198,7 @@ def verify(
     except UserError as error:
         return [str(error)]
     known = known or {}
+    named = (recorded if checksums else ()) if isinstance(checksums, bool) else checksums
     problems = []
     for name, want in recorded.items():
         path = folder / name
@@ -203,7 +206,7 @@ def verify(
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != want["bytes"]:
             problems.append(f"{name} has {size} bytes instead of {want['bytes']}")
-        elif checksums and (known.get(name) or _hash_file(path))["blake2b"] != want["blake2b"]:
+        elif name in named and (known.get(name) or _hash_file(path))["blake2b"] != want["blake2b"]:
             problems.append(f"{name} does not match its blake2b checksum")
     return problems
 

@@ -81,6 +81,7 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--shape", choices=CONVERT_SHAPES, default="8b", help="Llama 3's of that size [8b]")
     add("--dir", default=".", metavar="DIR", help="on the disk to be measured [.]")
+    add("--warm", action="store_true", help="leave the page caches alone [emptied in between]")
     add("--json", metavar="FILE", help="write everything measured to it")
     add("--strict", action="store_true", help="exit with 1 when a budget is not met")
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,7 +75,7 @@ def run(args: Namespace) -> int:
     require_space(root / "bench-convert", 2 * size + OVERHEAD)
     report = _header(args, size)
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=root) as work:
-        rows = _measure(Path(work), args.shape, report)
+        rows = _measure(Path(work), args.shape, _left_alone if args.warm else _forget, report)
     best = min(row.seconds for name, row in rows.items() if name.startswith("cp"))
     report["rows"] = [_row(name, row, size, best) for name, row in rows.items()]
     report["budgets"] = judge(report["rows"], report["model"])
@@ -112,23 +112,25 @@ def _header(args: Namespace, size: int) -> dict[str, Any]:
     }
 
 
-def _measure(work: Path, shape: str, report: dict[str, Any]) -> dict[str, Measured]:
+def _measure(
+    work: Path, shape: str, forget: Callable[[Path], str], report: dict[str, Any]
+) -> dict[str, Measured]:
     """Every row by name; at most two models are on the disk at a time."""
     source, weights, again = work / "source", work / "weights", work / "again"
     rows = {"baseline": convert()}
     log.info("making %s, %.1f GB", source, report["model"]["bytes"] / 1e9)
     synthetic.make(source, shape)
-    report["caches"] = _forget(work)
+    report["caches"] = forget(work)
     rows["cp"] = _copy(source, work / "copy")
-    _forget(work)
+    forget(work)
     log.info("import")
     rows["import"] = convert("import", source, weights, "--no-verify")
     shutil.rmtree(source)
-    _forget(work)
+    forget(work)
     log.info("export")
     rows["export"] = convert("export", weights, again, "--no-verify")
     shutil.rmtree(weights)
-    _forget(work)
+    forget(work)
     rows["cp again"] = _copy(again, work / "copy")
     log.info("comparing with what was made")
     report["different"] = synthetic.different(again, shape)
@@ -173,6 +175,10 @@ def _forget(folder: Path) -> str:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return "those of the model's files dropped (posix_fadvise)"
     return "dropped (/proc/sys/vm/drop_caches)"
+
+
+def _left_alone(folder: Path) -> str:
+    return "left alone"
 
 
 def _row(name: str, row: Measured, size: int, best: float) -> Row:

@@ -19,7 +19,7 @@ from megatron_deft.convert import hf_folder, mapping
 from megatron_deft.convert import verify as proof
 from megatron_deft.convert.hf_folder import Piece, Weights, some
 from megatron_deft.convert.mapping import Parameter, Slot
-from megatron_deft.convert.state import Chunk, StateReader, write_state
+from megatron_deft.convert.state import DATA_SUFFIX, Chunk, StateReader, write_state
 from megatron_deft.convert.streams import nothing_follows, progress_bar
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
@@ -106,8 +106,7 @@ def export_hf(
         shard_bytes: largest safetensors file, bytes.
 
     Every file of the source is compared with its checksum before `out` appears. Without `verify`
-    that is left out for a training checkpoint, which holds far more than the weights: its files are
-    compared by size.
+    a training checkpoint's tensor files are compared by size only: they hold far more than weights.
 
     Errors: UserError naming the file, tensor or setting at fault.
     """
@@ -116,10 +115,11 @@ def export_hf(
     target_dtype = _dtype(dtype)
     manifest = folders.read_manifest(source)
     spec = ModelSpec.from_json(manifest["spec"])
-    _require_whole(source, checksums=False)
+    large = {name for name in manifest["files"] if name.endswith(DATA_SUFFIX)}
+    _require_whole(source, checksums=manifest["files"].keys() - large)
     hashes = folders.FollowingHashes(source)
-    checksums = verify or manifest["kind"] == "weights"
-    reader = StateReader(source / "state", hashes.reached if checksums else nothing_follows)
+    follow = verify or manifest["kind"] == "weights"
+    reader = StateReader(source / "state", hashes.reached if follow else nothing_follows)
     pieces = _pieces(source, reader, spec, target_dtype)
     if manifest.get("tied_copy"):
         pieces.append(_tied_copy(pieces))
@@ -134,8 +134,8 @@ def export_hf(
     ):
         hf_folder.copy_companions(source / "hf", target)
         hf_folder.write_weights(target, pieces, shard_bytes, bar)
-        if checksums:
-            _require_whole(source, known=hashes.finish(manifest["files"]))
+        if follow:
+            _require_whole(source, checksums=large, known=hashes.finish(large))
         uniform = dtypes.pop() if len(dtypes) == 1 else None
         hf_folder.write_json(
             target / "config.json", hf_folder.portable_config(config, spec, uniform)

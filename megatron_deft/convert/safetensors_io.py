@@ -58,7 +58,9 @@ def read_header(path: Path) -> dict[str, Stored]:
     Errors: UserError when the file is damaged, cut short, or holds a dtype we do not convert.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks header and size; the data is not touched
+        # Checks header and size; the data is not touched. framework="pt" was rejected: torch maps
+        # the file for writing, which a system refuses whose memory is smaller than the file.
+        with safe_open(path, framework="np"):
             pass
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged ({error}): download it again") from None

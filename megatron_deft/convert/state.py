@@ -69,6 +69,7 @@ DAMAGED = (
     TypeError,
     EOFError,
 )
+DATA_SUFFIX = ".distcp"  # of the files that hold tensors
 FILE_BYTES = 4 * 2**30  # a new .distcp file begins after this much
 
 
@@ -134,7 +135,10 @@ def write_state(
     )
     results = []
     for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
-        with _without_crc32(), Output(folder / f"__{number}_0.distcp", reached, bar) as output:
+        with (
+            _without_crc32(),
+            Output(folder / f"__{number}_0{DATA_SUFFIX}", reached, bar) as output,
+        ):
             results.append(list(map(partial(_save, output), plan.items, group)))
     FileSystemWriter(folder).finish(metadata, results)
     torch.save({}, folder / "common.pt")
