@@ -152,7 +152,12 @@ def _save(output: Any, item: WriteItem, chunk: Chunk) -> WriteResult:
     assert tensor.dtype == chunk.dtype, (chunk.slot, tensor.dtype)
     assert tensor.untyped_storage().nbytes() == tensor.nbytes, "all of it would be written"
     start = output.end
-    torch.save(tensor, output)
+    try:
+        torch.save(tensor, output)
+    except RuntimeError:
+        if output.error is not None:
+            raise output.error from None
+        raise
     length = output.end - start
     return WriteResult(item.index, length, _StorageInfo(output.path.name, start, length))
 

@@ -68,13 +68,15 @@ def read_into(tensor: Tensor, path: Path, offset: int) -> None:
 class Output:
     """A new file that is written front to back, whose followers are told how far it is.
 
-    Has the `write` that torch.save wants. Errors: OSError naming the file, such as a full disk.
+    Has the `write` that torch.save wants, which answers its errors with one of its own: `error` is
+    the first. Errors: OSError naming the file, such as a full disk.
     """
 
     def __init__(self, path: Path, reached: Reached, bar: "tqdm[None]") -> None:
         self.path, self._reached, self._bar = path, reached, bar
         self._handle = open(path, "xb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self.end = 0
+        self.error: BaseException | None = None
 
     def __enter__(self) -> "Output":
         return self
@@ -84,17 +86,24 @@ class Output:
 
     def write(self, data: bytes | memoryview) -> int:
         """Append `data` without copying it."""
-        view, done = memoryview(data).cast("B"), 0
-        while done < len(view):
+        try:
+            for start in range(0, len(data), BLOCK):
+                self._append(memoryview(data)[start : start + BLOCK])
+        except BaseException as error:
+            self.error = error
+            raise
+        return len(data)
+
+    def _append(self, block: memoryview) -> None:
+        while block:
             try:
-                count = self._handle.write(view[done : done + BLOCK])
+                count = self._handle.write(block)
             except OSError as error:
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
-            done += count
+            block = block[count:]
             self.end += count
             self._bar.update(count)
-            self._reached(self.path, self.end)
-        return done
+        self._reached(self.path, self.end)
 
     def flush(self) -> None:
         """Nothing is kept back; torch.save asks all the same."""

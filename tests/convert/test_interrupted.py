@@ -1,12 +1,15 @@
 """The real commands, killed, interrupted, out of room: nothing that looks finished stays behind."""
 
+import fcntl
 import os
 import pty
 import random
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -133,6 +136,7 @@ def test_a_write_that_fails_is_one_line_that_names_the_file(
 def test_a_terminal_gets_a_bar(models: Path, tmp_path: Path) -> None:
     """Which shows bytes and the time that is left."""
     terminal, stderr = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     process = start(models, "import", tmp_path / "out", stderr=stderr)
     os.close(stderr)
     said = b""
