@@ -76,6 +76,7 @@ def run(args: Namespace) -> int:
     report = _header(args, size)
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=root) as work:
         rows = _measure(Path(work), args.shape, _left_alone if args.warm else _forget, report)
+    report["load"]["after"] = os.getloadavg()[0]
     best = min(row.seconds for name, row in rows.items() if name.startswith("cp"))
     report["rows"] = [_row(name, row, size, best) for name, row in rows.items()]
     report["budgets"] = judge(report["rows"], report["model"])
@@ -102,6 +103,8 @@ def _header(args: Namespace, size: int) -> dict[str, Any]:
         "versions": machine.versions()
         | {package: version(package) for package in ("transformers", "safetensors")},
         "method": METHOD,
+        "priority": os.nice(0),
+        "load": {"before": os.getloadavg()[0]},  # of the last minute, in processes
         "model": {
             "shape": args.shape,
             "dtype": "bf16",
