@@ -133,7 +133,10 @@ def _remove_abandoned(path: Path, kind: str) -> None:
 
 
 def _unlocked(folder: Path) -> bool:
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # another user's, or just removed
+        return False
     try:
         return _lock(descriptor)
     finally:
