@@ -2,16 +2,18 @@
 # make test         the test suite
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
+# make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
 # All install what they need into .venv. Choose another python or torch with
 #   make quickstart PYTHON=python3.12 TORCH=torch==2.11.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
 VENV ?= .venv
-RESULT ?= tools/bench_results/cpu.json
+RESULT ?= tools/bench_results/$(if $(filter bench-convert,$(MAKECMDGOALS)),convert-cpu,cpu).json
+DISK ?= .
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test lint format bench clean
+.PHONY: install quickstart test lint format bench bench-convert clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -42,6 +44,9 @@ format: install
 
 bench: install
 	$(BIN)/python tools/bench_loss.py --device cpu --json $(RESULT)
+
+bench-convert: install
+	$(BIN)/megatron-deft bench convert --shape 8b --dir $(DISK) --json $(RESULT)
 
 clean:
 	rm -rf build dist *.egg-info megatron_deft/*.so

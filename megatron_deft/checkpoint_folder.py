@@ -12,8 +12,10 @@ in here, so that looking at a folder costs nothing.
 
 import hashlib
 import json
+import queue
 import re
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ KINDS = ("weights", "training")
 LATEST = "latest"
 BLOCK = 16 * 2**20  # bytes hashed at a time
 DIGEST = 32  # bytes of blake2b kept
+LAG = 16  # blocks
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+")
@@ -47,13 +50,83 @@ def hash_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict[str, 
     return {name: _hash_file(Path(folder) / name) for name in names}
 
 
+def _digest() -> Any:
+    return hashlib.blake2b(digest_size=DIGEST)
+
+
+def _entry(digest: Any, size: int) -> dict[str, Any]:
+    return {"bytes": size, "blake2b": digest.hexdigest()}
+
+
 def _hash_file(path: Path) -> dict[str, Any]:
-    digest, size = hashlib.blake2b(digest_size=DIGEST), 0
+    digest, size = _digest(), 0
     with open(path, "rb") as handle:
         while block := handle.read(BLOCK):
             digest.update(block)
             size += len(block)
-    return {"bytes": size, "blake2b": digest.hexdigest()}
+    return _entry(digest, size)
+
+
+class FollowingHashes:
+    """Hashes of files, computed in a thread behind whoever reads or writes them front to back.
+
+    A pass of its own over a finished folder was rejected: it would read every file once more from
+    the disk, while here the pages are still in memory. `reached` waits when the thread is more than
+    LAG blocks behind, so they stay there. Leaving the `with` block ends the thread.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self._folder = Path(folder)
+        self._sent: dict[Path, int] = {}  # bytes of each file that the thread was told of
+        self._found: dict[Path, tuple[Any, int]] = {}  # digest and bytes, the thread's own
+        self._tasks: queue.Queue[tuple[Path, int | None] | None] = queue.Queue(LAG)
+        self._error: BaseException | None = None
+        self._stopped = False
+        self._thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> "FollowingHashes":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped = True
+        self._tasks.put(None)
+        self._thread.join()
+
+    def reached(self, path: Path, end: int) -> None:
+        """Bytes of the file `path` below `end` are there, and will not change."""
+        for border in range(self._sent.get(path, 0) + BLOCK, end + 1, BLOCK):
+            self._sent[path] = border
+            self._tasks.put((path, border))
+
+    def finish(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+        """Like `hash_files` of the folder: hash what is left of each file, which now is whole."""
+        names = list(names)
+        for name in names:
+            self._tasks.put((self._folder / name, None))
+        self._tasks.put(None)
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return {name: _entry(*self._found[self._folder / name]) for name in names}
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            if self._stopped or self._error is not None:
+                continue  # emptying the queue, so that nobody waits for room in it
+            try:
+                self._follow(*task)
+            except BaseException as error:
+                self._error = error
+
+    def _follow(self, path: Path, end: int | None) -> None:
+        digest, done = self._found.get(path) or (_digest(), 0)
+        with open(path, "rb", buffering=0) as handle:
+            handle.seek(done)
+            while block := handle.read(BLOCK if end is None else min(BLOCK, end - done)):
+                digest.update(block)
+                done += len(block)
+        self._found[path] = digest, done
 
 
 def write_manifest(
@@ -109,16 +182,23 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def verify(folder: str | Path, checksums: bool = True) -> list[str]:
+def verify(
+    folder: str | Path,
+    checksums: bool | Container[str] = True,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
+) -> list[str]:
     """What is wrong with `folder`, one line per problem; empty when it is whole.
 
-    Compares every file of the manifest by presence and size, then (with `checksums`) by blake2b.
+    Compares every file of the manifest by presence and size, then by blake2b: all of them, none, or
+    those named in `checksums`. `known` are hashes, as of `hash_files`, that are not computed again.
     """
     folder = Path(folder)
     try:
         recorded = read_manifest(folder)["files"]
     except UserError as error:
         return [str(error)]
+    known = known or {}
+    named = (recorded if checksums else ()) if isinstance(checksums, bool) else checksums
     problems = []
     for name, want in recorded.items():
         path = folder / name
@@ -126,7 +206,7 @@ def verify(folder: str | Path, checksums: bool = True) -> list[str]:
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != want["bytes"]:
             problems.append(f"{name} has {size} bytes instead of {want['bytes']}")
-        elif checksums and _hash_file(path)["blake2b"] != want["blake2b"]:
+        elif name in named and (known.get(name) or _hash_file(path))["blake2b"] != want["blake2b"]:
             problems.append(f"{name} does not match its blake2b checksum")
     return problems
 

@@ -14,10 +14,11 @@ import textwrap
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import islice
 from typing import Any
 
-from megatron_deft.benchmarks.arguments import add_loss_arguments
+from megatron_deft.benchmarks.arguments import BENCHMARKS
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 
@@ -149,10 +150,9 @@ def _evaluate_figfont(args: Arguments) -> int:
     return 0
 
 
-def _bench_loss(args: Arguments) -> int:
-    from megatron_deft.benchmarks.loss import run
-
-    return run(args)
+def _bench(args: Arguments) -> int:
+    code: int = import_module(f"megatron_deft.benchmarks.{args.benchmark}").run(args)
+    return code
 
 
 def _doctor(args: Arguments) -> int:
@@ -310,12 +310,10 @@ def _add_evaluate(commands: Group) -> None:
 
 def _add_bench(commands: Group) -> None:
     group = _group(commands, "bench", "Measure speed and memory")
-    text = (
-        "Measure the loss and its gradient: time and memory, ours beside the same in eager torch, "
-        "megatron-core, Liger and TransformerEngine, interleaved in one run. Every contender is "
-        "checked against float64 first; with --json everything measured is kept."
-    )
-    add_loss_arguments(_command(group, "loss", _bench_loss, text, "bench loss --shape 512x32000"))
+    for name, (add_arguments, text, example) in BENCHMARKS.items():
+        parser = _command(group, name, _bench, text, f"bench {name} {example}")
+        parser.set_defaults(benchmark=name)
+        add_arguments(parser)
 
 
 def build_parser() -> argparse.ArgumentParser:

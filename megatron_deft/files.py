@@ -1,6 +1,8 @@
 """Files and folders that appear whole or not at all: temporary name, fsync, rename."""
 
+import fcntl
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,21 @@ def fsync_path(path: Path) -> None:
 def temporary_beside(path: Path) -> Path:
     """A hidden sibling of `path`, on the same file system so that a rename is atomic."""
     return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def require_space(path: str | Path, needed: int) -> None:
+    """Errors: UserError when the disk that `path` is to be written on has less than `needed` bytes.
+
+    `path` need not exist, nor its parents.
+    """
+    path = Path(path).absolute()
+    disk = next(parent for parent in (path, *path.parents) if parent.exists())
+    free = shutil.disk_usage(disk).free
+    if free < needed:
+        raise UserError(
+            f"{path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB left: "
+            "free some, or name a folder on another disk"
+        )
 
 
 @contextmanager
@@ -61,20 +78,76 @@ def publish_folder(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
+def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` only when the block succeeds.
 
-    Errors: UserError when `path` exists and `overwrite` is false.
+    What earlier processes left behind when they were killed is removed first.
+
+    Args:
+        path: the final name.
+        overwrite: replace what has that name.
+        needs: bytes that the block will write.
+
+    Errors: UserError when `path` exists and `overwrite` is false, or when the disk is too full.
     """
     path = Path(path)
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already: remove it, choose another, or pass --overwrite")
+    _remove_abandoned(path, "tmp")
+    require_space(path, needs)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
+    lock = os.open(temporary, os.O_RDONLY)
     try:
+        _lock(lock)
         yield temporary
         publish_folder(temporary, path)
+        _remove_abandoned(path, "old")
     finally:
+        os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this process got hold of the open folder, until it closes it or dies."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another holds it, or the file system has no locks
+        return False
+    return True
+
+
+def _remove_abandoned(path: Path, kind: str) -> None:
+    """Remove the `kind` ("tmp", "old") folders of `path` whose process was killed.
+
+    Two signs are asked for, as each alone can deceive: the process may run on another machine that
+    shares the disk, and a file system may know no locks.
+    """
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{kind}-(\d+)")
+    for entry in path.parent.iterdir() if path.parent.is_dir() else ():
+        match = pattern.fullmatch(entry.name)
+        if match and entry.is_dir() and not _alive(int(match[1])) and _unlocked(entry):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _unlocked(folder: Path) -> bool:
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:  # another user's, or just removed
+        return False
+    try:
+        return _lock(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

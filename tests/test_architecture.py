@@ -30,7 +30,9 @@ ROOMS = {
         "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",
         "platform", "objectives",
     },
-    "benchmarks": {"errors", "files", "objectives", "ops", "loss", "platform"},
+    "benchmarks": {
+        "errors", "files", "objectives", "ops", "loss", "platform", "models", "convert",
+    },
     "launch": {"errors"},
     "doctor": {"ops", "models", "platform"},
 }  # fmt: skip

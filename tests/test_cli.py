@@ -16,7 +16,7 @@ from megatron_deft.errors import UserError
 COMMANDS = (
     ["objectives"], ["prepare", "figfont"], ["tiny"], ["train"], ["convert", "import"],
     ["convert", "export"], ["convert", "verify"], ["evaluate", "figfont"], ["bench", "loss"],
-    ["doctor"],
+    ["bench", "convert"], ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
 

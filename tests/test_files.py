@@ -1,12 +1,16 @@
 """Atomic files and folders: whole or not there, whatever happens in the middle."""
 
+import fcntl
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_folder, atomic_write
+from megatron_deft.files import atomic_folder, atomic_write, require_space
 
 
 def names(folder: Path) -> set[str]:
@@ -90,3 +94,63 @@ def test_rubbish_of_an_earlier_attempt_is_not_published(tmp_path: Path) -> None:
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "x").write_text("1")
     assert names(tmp_path / "out") == {"x"}
+
+
+@pytest.fixture
+def dead() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_killed_processes_are_removed(tmp_path: Path, dead: int) -> None:
+    for name in (f".out.tmp-{dead}", f".out.old-{dead}"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    others = {
+        f".out.tmp-{os.getppid()}",  # alive
+        f".other.tmp-{dead}",
+        f".out.tmp-{dead}x",
+        f".out.tmp.{dead}",
+        ".out.tmp-99999999999999999999",  # no process has such a number
+    }
+    for name in others:
+        (tmp_path / name).mkdir()
+    with atomic_folder(tmp_path / "out"):
+        assert f".out.tmp-{dead}" not in names(tmp_path)
+        assert f".out.old-{dead}" in names(tmp_path), "it may be the only copy until we are done"
+    assert names(tmp_path) == others | {"out"}
+
+
+def test_a_folder_that_is_held_on_another_machine_stays(tmp_path: Path, dead: int) -> None:
+    """Its process is not among ours, but its lock is."""
+    held = tmp_path / f".out.tmp-{dead}"
+    held.mkdir()
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == {"out", held.name}
+    os.close(descriptor)
+    with atomic_folder(tmp_path / "out", overwrite=True):
+        pass
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_folder_is_locked_while_it_is_written(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "out") as folder:
+        descriptor = os.open(folder, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+
+
+def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    target = tmp_path / "deep" / "out"
+    says = rf"{target} needs \d+\.\d\d GB, its disk has \d+\.\d\d GB left: free some, or name"
+    with pytest.raises(UserError, match=says), atomic_folder(target, needs=2 * free):
+        pass
+    assert names(tmp_path) == set()
+    require_space(target, free // 2)

@@ -1,9 +1,10 @@
-"""The arguments of `megatron-deft bench loss`; imports nothing heavy, so that --help is instant."""
+"""The arguments of `megatron-deft bench ...`; imports nothing heavy, so that --help is instant."""
 
 from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 from megatron_deft.errors import UserError
@@ -12,6 +13,7 @@ DTYPES = ("bf16", "fp16", "fp32")
 BANDWIDTH, KERNEL, WHOLE_ROW, STEP = "bandwidth", "kernel", "whole-row kernel", "step"
 KERNELS = (BANDWIDTH, KERNEL, WHOLE_ROW)
 EVERYTHING = (*KERNELS, STEP)
+CONVERT_SHAPES = ("tiny", "1b", "8b")
 REPETITIONS = {"cpu": 9, "cuda": 20}
 
 
@@ -72,3 +74,39 @@ def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     add("--only", metavar="NAME,...", help="contenders to measure, by their names in the table")
     add("--json", metavar="FILE", help="write everything measured to it")
     add("--strict", action="store_true", help="exit with 1 when a budget is not met")
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench convert`."""
+    add = parser.add_argument
+    add("--shape", choices=CONVERT_SHAPES, default="8b", help="Llama 3's of that size [8b]")
+    add("--dir", default=".", metavar="DIR", help="on the disk to be measured [.]")
+    add("--warm", action="store_true", help="leave the page caches alone [emptied in between]")
+    add("--json", metavar="FILE", help="write everything measured to it")
+    add("--strict", action="store_true", help="exit with 1 when a budget is not met")
+
+
+class Benchmark(NamedTuple):
+    """A command of `bench`, run by the module of its name in this package."""
+
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    text: str
+    example: str
+
+
+BENCHMARKS = {
+    "loss": Benchmark(
+        add_loss_arguments,
+        "Measure the loss and its gradient: time and memory, ours beside the same in eager torch, "
+        "megatron-core, Liger and TransformerEngine, interleaved in one run. Every contender is "
+        "checked against float64 first; with --json everything measured is kept.",
+        "--shape 512x32000",
+    ),
+    "convert": Benchmark(
+        add_convert_arguments,
+        "Measure import and export: time and peak memory on a random Llama, beside cp on the same "
+        "disk in the same run. Needs twice the model's room there, 32 GB for 8b, and leaves "
+        "nothing behind. What comes back is compared bit by bit.",
+        "--shape 1b --dir /data",
+    ),
+}

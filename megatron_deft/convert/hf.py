@@ -1,8 +1,8 @@
 """Import a Hugging Face folder into Megatron state and export Megatron state to one.
 
-One process, no GPU, no TransformerEngine; tensors stream, so memory holds one tensor on import and
-one output file on export. Each direction accounts for every tensor by name and shape, proves by
-logits that both models are the same (convert/verify.py), and only then gives the folder its name.
+One process, no GPU, no TransformerEngine; tensors stream, so memory holds one parameter in both
+forms whatever the model's size. Each direction accounts for every tensor by name and shape, proves
+by logits that both models are the same (convert/verify.py), and then gives the folder its name.
 """
 
 import logging
@@ -19,11 +19,13 @@ from megatron_deft.convert import hf_folder, mapping
 from megatron_deft.convert import verify as proof
 from megatron_deft.convert.hf_folder import Piece, Weights, some
 from megatron_deft.convert.mapping import Parameter, Slot
-from megatron_deft.convert.state import Chunk, StateReader, write_state
+from megatron_deft.convert.state import DATA_SUFFIX, Chunk, StateReader, write_state
+from megatron_deft.convert.streams import nothing_follows, progress_bar
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
 from megatron_deft.models.families import ModelSpec, spec_from_hf
 
+HEADER_BYTES = 4096  # at most, of one tensor, in either format
 logger = logging.getLogger(__name__)
 
 # Tensors of a training checkpoint that belong to the optimizer and not to the model.
@@ -63,11 +65,17 @@ def import_hf(
     tied_copy = _account_hf(source, weights, parameters, spec)
     chunks = _chunks(source, weights, parameters, spec, target_dtype)
     logger.info("importing %d tensors of %s", len(weights.tensors), source)
-    with atomic_folder(out, overwrite) as folder:
+    total = sum(chunk.bytes for chunk in chunks)
+    with (
+        atomic_folder(out, overwrite, _needs(total, len(chunks), source)) as folder,
+        folders.FollowingHashes(folder) as hashes,
+        progress_bar("import", total) as bar,
+    ):
         hf_folder.copy_companions(source, folder / "hf")
-        write_state(folder / "state", chunks)
+        write_state(folder / "state", chunks, bar, hashes.reached)
         folders.write_manifest(
             folder,
+            files=hashes.finish(folders.list_files(folder)),
             kind="weights",
             spec=spec.to_json(),
             base=hf_folder.base_name(source, config),
@@ -94,29 +102,40 @@ def export_hf(
         out: written whole or not at all: safetensors, config.json, tokenizer, README.md.
         dtype: "fp32" or "bf16" to convert to; None keeps what is stored.
         overwrite: replace an earlier Hugging Face folder at `out`.
-        verify: check every file's checksum, then compare logits with transformers before `out`
-            appears; holds the model in fp32. Sizes are checked always.
+        verify: compare logits with transformers before `out` appears; holds the model in fp32.
         shard_bytes: largest safetensors file, bytes.
+
+    Every file of the source is compared with its checksum before `out` appears. Without `verify`
+    a training checkpoint's tensor files are compared by size only: they hold far more than weights.
 
     Errors: UserError naming the file, tensor or setting at fault.
     """
     source, out = folders.resolve(folder), Path(out)
     _check_target(out, source, overwrite, "config.json")
     target_dtype = _dtype(dtype)
-    if problems := folders.verify(source, checksums=verify):
-        raise UserError(f"{source} is damaged: {'; '.join(problems)}: use another checkpoint")
     manifest = folders.read_manifest(source)
     spec = ModelSpec.from_json(manifest["spec"])
-    reader = StateReader(source / "state")
+    large = {name for name in manifest["files"] if name.endswith(DATA_SUFFIX)}
+    _require_whole(source, checksums=manifest["files"].keys() - large)
+    hashes = folders.FollowingHashes(source)
+    follow = verify or manifest["kind"] == "weights"
+    reader = StateReader(source / "state", hashes.reached if follow else nothing_follows)
     pieces = _pieces(source, reader, spec, target_dtype)
     if manifest.get("tied_copy"):
         pieces.append(_tied_copy(pieces))
     config = hf_folder.read_json(source / "hf" / "config.json", "model's config")
     dtypes = {piece.dtype for piece in pieces}
     logger.info("exporting %s to %s", source, out)
-    with atomic_folder(out, overwrite) as target:
+    total = sum(piece.bytes for piece in pieces)
+    with (
+        atomic_folder(out, overwrite, _needs(total, len(pieces), source / "hf")) as target,
+        hashes,
+        progress_bar("export", total) as bar,
+    ):
         hf_folder.copy_companions(source / "hf", target)
-        hf_folder.write_weights(target, pieces, shard_bytes)
+        hf_folder.write_weights(target, pieces, shard_bytes, bar)
+        if follow:
+            _require_whole(source, checksums=large, known=hashes.finish(large))
         uniform = dtypes.pop() if len(dtypes) == 1 else None
         hf_folder.write_json(
             target / "config.json", hf_folder.portable_config(config, spec, uniform)
@@ -135,6 +154,17 @@ def _dtype(name: str | None) -> torch.dtype | None:
             f"dtype {name!r} is not one of {legal}: leave it out to keep what is stored"
         )
     return proof.DTYPES[name] if name else None
+
+
+def _needs(weights: int, tensors: int, companions: Path) -> int:
+    """Bytes to be written: the weights, each tensor's header, and the files copied beside them."""
+    copied = sum(path.stat().st_size for path in hf_folder.companions(companions))
+    return weights + tensors * HEADER_BYTES + copied
+
+
+def _require_whole(source: Path, **how: Any) -> None:
+    if problems := folders.verify(source, **how):
+        raise UserError(f"{source} is damaged: {'; '.join(problems)}: use another checkpoint")
 
 
 def _check_target(out: Path, source: Path, overwrite: bool, marker: str) -> None:
@@ -216,7 +246,9 @@ def _load_hf(
     dtype: torch.dtype,
 ) -> Tensor:
     tensors = [weights.load(name) for name in parameter.hf]
-    return mapping.join(parameter, tensors, spec).to(dtype).reshape(shape)
+    joined = mapping.join(parameter, tensors, spec)
+    del tensors  # so that at most two of the three forms exist at a time
+    return joined.to(dtype).reshape(shape)
 
 
 def _pieces(
@@ -258,7 +290,8 @@ def _load_state(
 ) -> dict[str, Tensor]:
     tensor = reader.read(slot).reshape(mapping.megatron_shape(parameter, spec))
     parts = mapping.split(parameter, tensor, spec)
-    return {name: part.to(dtype) for name, part in parts.items()}
+    del tensor  # so that at most two of the three forms exist at a time
+    return {name: parts.pop(name).to(dtype) for name in parameter.hf}
 
 
 def _tied_copy(pieces: Iterable[Piece]) -> Piece:

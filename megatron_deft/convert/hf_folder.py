@@ -10,22 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
+from megatron_deft.convert.safetensors_io import Stored, header_bytes, read_header
+from megatron_deft.convert.streams import Output, bytes_of, nothing_follows
 from megatron_deft.errors import UserError
 from megatron_deft.models.families import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000  # as transformers splits
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 # Everything beside the weights that a model is used with; copied as it is.
 COMPANIONS = (
@@ -77,29 +72,18 @@ def copy_companions(source: Path, target: Path) -> None:
         shutil.copyfile(path, copy)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Where one tensor lies and what it is, from its file's header."""
-
-    file: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-
 class Weights:
     """The tensors of a folder with model.safetensors or an index and its shards.
 
-    `tensors` is known from the headers; `load` maps a file into memory on first use.
+    `tensors` is known from the headers; nothing else is read before `load`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.tensors: dict[str, Stored] = {}
-        self._open: dict[Path, Any] = {}
-        index = read_json(folder / INDEX, "index") if (folder / INDEX).exists() else None
-        listed: Mapping[str, str] = index["weight_map"] if index else {}
-        for file in sorted(set(listed.values())) if index else [_single_file(folder).name]:
+        listed = _weight_map(folder)
+        for file in sorted(set(listed.values())) or [_single_file(folder).name]:
             self._read_header(folder / file)
-        stray = sorted(set(listed) ^ set(self.tensors)) if index else []
+        stray = sorted(set(listed) ^ set(self.tensors)) if listed else []
         stray += [
             n for n, f in listed.items() if n in self.tensors and self.tensors[n].file.name != f
         ]
@@ -111,26 +95,27 @@ class Weights:
     def _read_header(self, path: Path) -> None:
         if not path.is_file():
             raise UserError(f"{path} is missing though {INDEX} names it: download it again")
-        try:
-            handle = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}): download it again") from None
-        self._open[path] = handle
-        for name in handle.keys():  # noqa: SIM118 (not a dict)
-            piece = handle.get_slice(name)
-            dtype = STORED_DTYPES.get(piece.get_dtype())
-            if dtype is None:
-                raise UserError(
-                    f"{path}: {name} is stored as {piece.get_dtype()}, legal are "
-                    f"{', '.join(STORED_DTYPES)}: start from the unquantised model"
-                )
+        for name, stored in read_header(path).items():
             if name in self.tensors:
                 raise UserError(f"{name} is in {self.tensors[name].file} and in {path}: keep one")
-            self.tensors[name] = Stored(path, dtype, tuple(piece.get_shape()))
+            self.tensors[name] = stored
 
     def load(self, name: str) -> Tensor:
-        """The tensor `name`, in its stored dtype, backed by the file."""
-        return self._open[self.tensors[name].file].get_tensor(name)
+        """The tensor `name`, in its stored dtype."""
+        return self.tensors[name].load()
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor name -> file name by the index, empty when there is none."""
+    path = folder / INDEX
+    if not path.exists():
+        return {}
+    listed = read_json(path, "index").get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(f, str) for f in listed.values()):
+        raise UserError(f"{path} has no weight_map of tensors to files: download it again")
+    if not listed:
+        raise UserError(f"{path} names no tensor: download it again")
+    return listed
 
 
 def _single_file(folder: Path) -> Path:
@@ -161,8 +146,10 @@ class Piece:
         return sum(prod(shape) for shape in self.shapes.values()) * self.dtype.itemsize
 
 
-def write_weights(folder: Path, pieces: Sequence[Piece], shard_bytes: int = SHARD_BYTES) -> None:
-    """Write the tensors as safetensors, one file or shards with an index, one shard in memory."""
+def write_weights(
+    folder: Path, pieces: Sequence[Piece], shard_bytes: int, bar: "tqdm[None]"
+) -> None:
+    """Write the tensors as safetensors, one file or shards with an index, one piece in memory."""
     shards: list[list[Piece]] = [[]]
     for piece in pieces:
         if shards[-1] and sum(p.bytes for p in shards[-1]) + piece.bytes > shard_bytes:
@@ -171,17 +158,31 @@ def write_weights(folder: Path, pieces: Sequence[Piece], shard_bytes: int = SHAR
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SINGLE
-        tensors: dict[str, Tensor] = {}
-        for piece in shard:
-            tensors.update(piece.load())
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-        # safetensors keeps its files from everyone else; the folder's own permissions decide.
-        (folder / file).chmod(folder.stat().st_mode & 0o666)
-        weight_map |= dict.fromkeys(tensors, file)
+        _write_shard(folder / file, shard, bar)
+        weight_map |= {name: file for piece in shard for name in piece.shapes}
     if shards[1:]:
         total = sum(piece.bytes for piece in pieces)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_json(folder / INDEX, index)
+
+
+def _write_shard(path: Path, shard: Sequence[Piece], bar: "tqdm[None]") -> None:
+    # The widest dtype first keeps every tensor at a multiple of its own width.
+    shard = sorted(shard, key=lambda piece: -piece.dtype.itemsize)
+    header = {name: (p.dtype, shape) for p in shard for name, shape in p.shapes.items()}
+    with Output(path, nothing_follows, bar) as output:
+        output.write(header_bytes(header))
+        for piece in shard:
+            _write_piece(output, piece)
+
+
+def _write_piece(output: Output, piece: Piece) -> None:
+    """A function of its own, so that nothing of a piece outlives its turn."""
+    tensors = piece.load()
+    for name, shape in piece.shapes.items():
+        tensor = tensors[name]
+        assert (tensor.dtype, tuple(tensor.shape)) == (piece.dtype, shape), name
+        output.write(bytes_of(tensor.contiguous()))
 
 
 def portable_config(

@@ -11,8 +11,13 @@ both are read.
 """
 
 import json
+import pickle
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +26,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
-    DefaultSavePlanner,
     FileSystemReader,
     FileSystemWriter,
     LoadPlan,
@@ -30,6 +34,7 @@ from torch.distributed.checkpoint import (
     WriteItem,
 )
 from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     MetadataIndex,
@@ -38,8 +43,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.storage import WriteResult
+from tqdm import tqdm
 
 from megatron_deft.convert.mapping import Slot
+from megatron_deft.convert.streams import Output, Reached, Section, nothing_follows, read_into
 from megatron_deft.errors import UserError
 
 # CheckpointingConfig of megatron/core/dist_checkpointing/core.py: which reader to use.
@@ -49,6 +57,19 @@ BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
+# What reading a file with a wrong byte raises.
+DAMAGED = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    RuntimeError,
+    StopIteration,
+    struct.error,
+    LookupError,
+    ValueError,
+    TypeError,
+    EOFError,
+)
+DATA_SUFFIX = ".distcp"  # of the files that hold tensors
 FILE_BYTES = 4 * 2**30  # a new .distcp file begins after this much
 
 
@@ -64,19 +85,6 @@ class Chunk:
     def bytes(self) -> int:
         """Bytes of this piece."""
         return prod(self.slot.shape) * self.dtype.itemsize
-
-
-class _SavePlanner(DefaultSavePlanner):
-    def __init__(self, chunks: Sequence[Chunk]) -> None:
-        super().__init__()
-        self._chunks = {_index(chunk): chunk for chunk in chunks}
-
-    def resolve_data(self, write_item: WriteItem) -> Any:
-        chunk = self._chunks[write_item.index]
-        tensor = chunk.load().contiguous()
-        assert tensor.shape == chunk.slot.shape, (chunk.slot, tensor.shape)
-        assert tensor.dtype == chunk.dtype, (chunk.slot, tensor.dtype)
-        return tensor
 
 
 def _index(chunk: Chunk) -> MetadataIndex:
@@ -107,20 +115,69 @@ def _by_file(chunks: Sequence[Chunk], limit: int) -> Iterator[list[Chunk]]:
         yield group
 
 
-def write_state(folder: Path, chunks: Sequence[Chunk], file_bytes: int = FILE_BYTES) -> None:
+def write_state(
+    folder: Path,
+    chunks: Sequence[Chunk],
+    bar: "tqdm[None]",
+    reached: Reached = nothing_follows,
+    file_bytes: int = FILE_BYTES,
+) -> None:
     """Write `chunks` as a torch_dist checkpoint into the new `folder`, holding one at a time.
 
     Each file is planned as the share of one rank, which is how the format numbers its files.
+    FileSystemWriter.write_data was rejected here: it keeps a tensor of every key until the file is
+    whole. `reached` is told how far each file is.
     """
     folder.mkdir(parents=True)
-    planner, writer = _SavePlanner(chunks), FileSystemWriter(folder)
-    plans = [SavePlan([_write_item(c) for c in group]) for group in _by_file(chunks, file_bytes)]
-    plans, metadata = create_default_global_save_plan(plans)
-    writer.set_up_storage_writer(True)
-    plans = writer.prepare_global_plan(plans)
-    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
+    groups = list(_by_file(chunks, file_bytes))
+    plans, metadata = create_default_global_save_plan(
+        [SavePlan([_write_item(chunk) for chunk in group]) for group in groups]
+    )
+    results = []
+    for number, (plan, group) in enumerate(zip(plans, groups, strict=True)):
+        with (
+            _without_crc32(),
+            Output(folder / f"__{number}_0{DATA_SUFFIX}", reached, bar) as output,
+        ):
+            results.append(list(map(partial(_save, output), plan.items, group)))
+    FileSystemWriter(folder).finish(metadata, results)
     torch.save({}, folder / "common.pt")
     (folder / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
+
+
+def _save(output: Any, item: WriteItem, chunk: Chunk) -> WriteResult:
+    """Append one chunk to `output`."""
+    tensor = chunk.load().contiguous()
+    assert tensor.shape == chunk.slot.shape, (chunk.slot, tensor.shape)
+    assert tensor.dtype == chunk.dtype, (chunk.slot, tensor.dtype)
+    assert tensor.untyped_storage().nbytes() == tensor.nbytes, "all of it would be written"
+    start = output.end
+    try:
+        torch.save(tensor, output)
+    except RuntimeError:
+        if output.error is not None:
+            raise output.error from None
+        raise
+    length = output.end - start
+    return WriteResult(item.index, length, _StorageInfo(output.path.name, start, length))
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """torch.save without checksums, which nobody compares: the manifest holds better ones."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _part(tensor: Tensor, offsets: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The view of `tensor` that begins at `offsets` and has the shape `lengths`."""
+    for dim, (start, length) in enumerate(zip(offsets, lengths, strict=True)):
+        tensor = tensor.narrow(dim, start, length)
+    return tensor
 
 
 class _LoadPlanner(DefaultLoadPlanner):
@@ -129,12 +186,7 @@ class _LoadPlanner(DefaultLoadPlanner):
         self._target = target
 
     def resolve_tensor(self, read_item: ReadItem) -> Tensor:
-        target = self._target
-        for dim, (start, n) in enumerate(
-            zip(read_item.dest_offsets, read_item.lengths, strict=True)
-        ):
-            target = target.narrow(dim, start, n)
-        return target
+        return _part(self._target, read_item.dest_offsets, read_item.lengths)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         pass
@@ -143,8 +195,8 @@ class _LoadPlanner(DefaultLoadPlanner):
 class StateReader:
     """Reads any part of any tensor of a torch_dist checkpoint, whatever layout wrote it."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, reached: Reached = nothing_follows) -> None:
+        self._folder, self._reached = folder, reached
         self._reader = FileSystemReader(folder)
         try:
             metadata = self._reader.read_metadata()
@@ -153,7 +205,12 @@ class StateReader:
                 f"{folder} holds no .metadata, so it is no megatron dist_checkpointing folder: "
                 "name a finished checkpoint"
             ) from None
+        except DAMAGED as error:
+            raise UserError(
+                f"{folder / '.metadata'} is damaged ({error}): use another checkpoint"
+            ) from None
         self._reader.set_up_storage_reader(metadata, True)
+        self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: value
             for key, value in metadata.state_dict_metadata.items()
@@ -174,8 +231,42 @@ class StateReader:
                 f"{self._folder}: {slot.key} at {list(slot.offsets)} holds {found} of "
                 f"{target.numel()} values: the checkpoint is damaged, use another one"
             )
-        self._reader.read_data(LoadPlan(items), _LoadPlanner(target)).wait()
+        for item in items:
+            place = self._places[item.storage_index]
+            path = self._folder / place.relative_path
+            try:
+                self._fill(target, item, place, path)
+            except DAMAGED as error:
+                raise UserError(
+                    f"{path} is damaged at {slot.key} ({error}): use another checkpoint"
+                ) from None
+            self._reached(path, place.offset + place.length)
         return target
+
+    def _fill(self, target: Tensor, item: ReadItem, place: _StorageInfo, path: Path) -> None:
+        """Read straight into `target` what lies in one stretch, all else as torch does.
+
+        torch.load was rejected for the former: it holds the tensor twice beside the target.
+        """
+        wanted = _part(target, item.dest_offsets, item.lengths)
+        with open(path, "rb") as handle:
+            view: Any = Section(handle, place.offset, place.length)
+            saved = torch.load(view, map_location="meta", weights_only=True)
+            start = place.offset + _data_offset(view)
+        part = _part(saved, item.storage_offsets, item.lengths)
+        if wanted.is_contiguous() and part.is_contiguous() and part.dtype == wanted.dtype:
+            read_into(wanted, path, start + int(part.storage_offset()) * part.itemsize)
+        else:
+            self._reader.read_data(LoadPlan([item]), _LoadPlanner(target)).wait()
+
+
+def _data_offset(saved: Any) -> int:
+    """Where the values lie in what torch.save wrote of one tensor: a zip file, not compressed."""
+    with zipfile.ZipFile(saved) as archive:
+        record = next(i for i in archive.infolist() if i.filename.endswith("/data/0"))
+    saved.seek(record.header_offset)
+    name, extra = struct.unpack("<26xHH", saved.read(30))  # of the record's own header
+    return record.header_offset + 30 + name + extra
 
 
 def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path) -> None:

@@ -1,0 +1,186 @@
+"""What is wrong with a folder is one line and exit code 2, and nothing is written."""
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_deft.cli import main
+from megatron_deft.convert.hf import export_hf, import_hf
+from megatron_deft.convert.hf_folder import INDEX
+from megatron_deft.convert.safetensors_io import header_bytes
+from megatron_deft.errors import UserError
+from tests.convert.tiny_models import CONFIGS, make
+
+FIRST = "model-00001-of-"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """In shards, as large models come."""
+    root = tmp_path_factory.mktemp("bad")
+    return make(root / "hf", CONFIGS["llama_gqa_tied"], max_shard_size="30KB")
+
+
+@pytest.fixture(scope="module")
+def weights(model: Path) -> Path:
+    return import_hf(model, model.parent / "weights", verify=False)
+
+
+def shard(folder: Path) -> Path:
+    return next(folder.glob(f"{FIRST}*"))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(shard(folder), shard(folder).stat().st_size - 1)
+
+
+def no_header(folder: Path) -> None:
+    os.truncate(shard(folder), 4)
+
+
+def empty_file(folder: Path) -> None:
+    os.truncate(shard(folder), 0)
+
+
+def absent(folder: Path) -> None:
+    shard(folder).unlink()
+
+
+def index(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / INDEX).read_text())
+        change(content["weight_map"])
+        (folder / INDEX).write_text(json.dumps(content))
+
+    return edit
+
+
+def index_text(text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / INDEX).write_text(text)
+
+
+def norm(value: torch.Tensor) -> Callable[[Path], None]:
+    """Another final norm."""
+
+    def edit(folder: Path) -> None:
+        path = folder / json.loads((folder / INDEX).read_text())["weight_map"]["model.norm.weight"]
+        save_file(load_file(path) | {"model.norm.weight": value}, path, metadata={"format": "pt"})
+
+    return edit
+
+
+SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "truncated": (truncate, rf"{FIRST}.* is damaged \(.*\): download it again"),
+    "header cut": (no_header, rf"{FIRST}.* is damaged \(.*\): download it again"),
+    "empty file": (empty_file, rf"{FIRST}.* is damaged \(.*\): download it again"),
+    "missing shard": (absent, rf"{FIRST}.* is missing though {INDEX} names it: download it again"),
+    "index names an absent file": (
+        index(lambda files: files.update({"model.norm.weight": "model-9.safetensors"})),
+        rf"model-9\.safetensors is missing though {INDEX} names it",
+    ),
+    "index names an absent tensor": (
+        index(lambda files: files.update({"model.more": next(iter(files.values()))})),
+        r"disagree about model\.more: download them again",
+    ),
+    "index without a map": (index_text("{}"), rf"{INDEX} has no weight_map"),
+    "index with a list": (index_text('{"weight_map": [1]}'), rf"{INDEX} has no weight_map"),
+    "index of nothing": (index_text('{"weight_map": {}}'), rf"{INDEX} names no tensor"),
+    "index cut": (index_text('{"weight'), rf"{INDEX} is not readable JSON"),
+    "dtype": (
+        norm(torch.ones(32, dtype=torch.int8)),
+        r"model\.norm\.weight is stored as I8, legal are F64, F32, F16, BF16: start from the un",
+    ),
+    "8-bit floats": (
+        norm(torch.ones(32).to(torch.float8_e4m3fn)),
+        r"model\.norm\.weight is stored as F8_E4M3, legal are",
+    ),
+    "shape": (
+        norm(torch.ones(2, 16)),
+        r"model\.norm\.weight has shape \[2, 16\], config\.json says \[32\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", sorted(SOURCES))
+def test_a_damaged_model_is_one_line(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    damage, says = SOURCES[case]
+    shutil.copytree(model, tmp_path / "hf")
+    damage(tmp_path / "hf")
+    assert main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said), said
+    assert said.count("\n") == 1
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+@pytest.mark.parametrize("direction", ["import", "export"])
+def test_a_target_that_exists_is_one_line(
+    model: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], direction: str
+) -> None:
+    source = model if direction == "import" else weights
+    (tmp_path / "out").mkdir()
+    assert main(["convert", direction, str(source), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "out exists already: name another folder or pass --overwrite" in said
+    assert said.count("\n") == 1
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_model_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
+    """Its own file has holes in place of data, and so fits."""
+    free = shutil.disk_usage(tmp_path).free
+    config = CONFIGS["llama_gqa_tied"]
+    source = make(tmp_path / "hf", config)
+    stored = load_file(source / "model.safetensors")
+    tensors = {name: (t.dtype, tuple(t.shape)) for name, t in stored.items()}
+    rows = 2 * free // (config.hidden_size * 4)
+    tensors["model.embed_tokens.weight"] = (torch.float32, (rows, config.hidden_size))
+    with open(source / "model.safetensors", "wb") as handle:
+        header = header_bytes(tensors)
+        handle.write(header)
+        handle.truncate(len(header) + sum(torch.Size(s).numel() * 4 for _, s in tensors.values()))
+    settings = json.loads((source / "config.json").read_text()) | {"vocab_size": rows}
+    (source / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"/out needs .* GB, its disk has .* GB left"):
+        import_hf(source, tmp_path / "out", verify=False)
+    assert os.listdir(tmp_path) == ["hf"]
+
+
+def test_an_export_that_the_disk_has_no_room_for(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    size = sum(p.stat().st_size for p in (weights / "state").iterdir())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size // 2))
+    with pytest.raises(UserError, match=r"/out needs .* GB, its disk has .* GB left"):
+        export_hf(weights, tmp_path / "out", verify=False)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "common.pt"])
+def test_a_wrong_byte_anywhere_in_a_state_is_noticed(
+    weights: Path, tmp_path: Path, name: str
+) -> None:
+    """In values, in a tensor's own header, in what nobody reads: without verify too."""
+    shutil.copytree(weights, tmp_path / "weights")
+    file = tmp_path / "weights" / "state" / name
+    data = file.read_bytes()
+    for place in (0, len(data) - 1, *(random.randrange(len(data)) for _ in range(15))):
+        wrong = bytearray(data)
+        wrong[place] ^= 1 << random.randrange(8)
+        file.write_bytes(wrong)
+        with pytest.raises(UserError, match=rf"{name} (is damaged|does not match its blake2b)"):
+            export_hf(tmp_path / "weights", tmp_path / "out", verify=False)
+        assert os.listdir(tmp_path) == ["weights"], place
+    file.write_bytes(data)
+    export_hf(tmp_path / "weights", tmp_path / "out", verify=False)
