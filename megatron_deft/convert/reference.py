@@ -139,7 +139,7 @@ def _parameters_on_meta() -> Iterator[None]:
             return None
         return torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
-    handle = register_module_parameter_registration_hook(move)
+    handle = register_module_parameter_registration_hook(move)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -252,7 +252,7 @@ class _Loader:
 Rename = Callable[[str], tuple[str, Any]]
 
 
-def _renaming(model: Any, parameters: Mapping[str, Any]) -> tuple[Rename, Mapping[Any, Any]]:
+def _renaming(model: Any, parameters: dict[str, Any]) -> tuple[Rename, Mapping[Any, Any]]:
     """Which parameter a file's tensor belongs to, and the converters by pattern.
 
     transformers 5's own tables, the ones that from_pretrained uses; 4 renames nothing here.

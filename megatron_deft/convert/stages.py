@@ -1,4 +1,4 @@
-"""What both sides of a verification share: tokens, stages, and modules that hold weights in turn."""
+"""What both sides of a verification share: stages, and modules that hold weights in turn."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,8 +54,14 @@ class Side(Protocol):
 
     path: Path
     tokenizer: Path  # the folder with the tokenizer files, if it has any
-    facts: Facts
-    tensors: dict[str, torch.dtype]  # every tensor by its Hugging Face name, as stored
+
+    @property
+    def facts(self) -> Facts:
+        """Its sizes."""
+
+    @property
+    def tensors(self) -> dict[str, torch.dtype]:
+        """Every tensor by its Hugging Face name, with the dtype that is stored."""
 
     def load(self, name: str) -> Tensor:
         """One tensor, as stored."""
@@ -148,7 +154,7 @@ def input_observed(module: torch.nn.Module, name: str, read: Read, sink: Sink) -
         handle.remove()
 
 
-class _Enough(Exception):
+class _Enough(Exception):  # noqa: N818 (not an error)
     """Raised behind the layer that was asked for; nothing has gone wrong."""
 
 
