@@ -15,8 +15,8 @@ from megatron_deft.errors import UserError
 
 COMMANDS = (
     ["objectives"], ["prepare", "figfont"], ["tiny"], ["train"], ["convert", "import"],
-    ["convert", "export"], ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"], ["bench", "loss"],
-    ["doctor"],
+    ["convert", "export"], ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"],
+    ["bench", "loss"], ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
 

@@ -104,17 +104,18 @@ def without(name: str) -> Spoil:
     return spoil
 
 
-LAYER = "model.layers.1."
+ATTENTION, MLP = "model.layers.1.self_attn.", "model.layers.1.mlp."
+NORM = "model.layers.1.{}_layernorm.weight"
 FAULTS = {
     "scrambled heads": (swap_two_heads, "layer 2", "qkv query"),
-    "dropped key bias": (without(LAYER + "self_attn.k_proj.bias"), "layer 1", "qkv key"),
-    "dropped value bias": (without(LAYER + "self_attn.v_proj.bias"), "layer 1", "qkv value"),
-    "dropped output bias": (without(LAYER + "self_attn.o_proj.bias"), "layer 1", "attention output"),
-    "dropped mlp bias": (without(LAYER + "mlp.down_proj.bias"), "layer 1", "mlp"),
+    "dropped key bias": (without(ATTENTION + "k_proj.bias"), "layer 1", "qkv key"),
+    "dropped value bias": (without(ATTENTION + "v_proj.bias"), "layer 1", "qkv value"),
+    "dropped output bias": (without(ATTENTION + "o_proj.bias"), "layer 1", "attention output"),
+    "dropped mlp bias": (without(MLP + "down_proj.bias"), "layer 1", "mlp"),
     "gate and up": (swap_gate_and_up, "layer 1", "mlp"),
     "nan": (one_nan, "layer 3", "mlp"),
-    "first norm": (more(LAYER + "input_layernorm.weight"), "layer 1", "attention norm"),
-    "second norm": (more(LAYER + "post_attention_layernorm.weight"), "layer 1", "mlp norm"),
+    "first norm": (more(NORM.format("input")), "layer 1", "attention norm"),
+    "second norm": (more(NORM.format("post_attention")), "layer 1", "mlp norm"),
     "final norm": (more("model.norm.weight"), "final norm", None),
     "embedding": (more("model.embed_tokens.weight"), "embedding", None),
     "head": (one_row_of_the_head, "logits", None),
@@ -176,7 +177,9 @@ def test_a_row_that_no_token_uses(source: Path, weights: Path, tmp_path: Path) -
     assert report.logits_ok
     assert not report.ok
     assert report.tensors.different == ("model.embed_tokens.weight",)
-    with pytest.raises(UserError, match="1 of 67 tensors differ: model.embed_tokens.weight; noth"):
+    with pytest.raises(
+        UserError, match=r"1 of 67 tensors differ: model\.embed_tokens\.weight; noth"
+    ):
         require_equal(other, weights)
 
 
@@ -283,7 +286,7 @@ def test_folders_that_cannot_be_compared(source: Path, tied: Path, tmp_path: Pat
     with pytest.raises(UserError, match="does not exist"):
         verify(source, tmp_path / "none")
     short = spoiled(source, tmp_path / "short", lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(UserError, match="has no tensor for model.norm.weight: download"):
+    with pytest.raises(UserError, match=r"has no tensor for model\.norm\.weight: down"):
         verify(short, source)
     stray = spoiled(source, tmp_path / "stray", lambda tensors: tensors.update(x=torch.ones(1)))
     with pytest.raises(UserError, match="has no x: config and weights are of different models"):
