@@ -98,6 +98,7 @@ def streamed(units: Sequence[Unit]) -> Iterator[None]:
     """Inside the block each unit has its weights while it runs, and only then."""
     with ExitStack() as stack:
         for unit in units:
+            unit.drop()
             stack.callback(unit.drop)
             for register, call in (
                 (unit.module.register_forward_pre_hook, unit.load),

@@ -1,5 +1,6 @@
 """The proof can fail: every fault that users lose weeks to is caught, layer and part are named."""
 
+import gc
 import json
 import random
 import shutil
@@ -8,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy
-import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -293,40 +293,27 @@ def test_folders_that_cannot_be_compared(source: Path, tied: Path, tmp_path: Pat
         verify(stray, source)
 
 
-class Watch:
-    """The memory of this process beyond what it was, whenever a stage is reported.
-
-    Pages of files are left out: the system takes them back when it needs them.
-    """
-
-    def __init__(self) -> None:
-        self.start, self.peak = self.now(), 0
-
-    def now(self) -> int:
-        found = psutil.Process().memory_info()
-        return int(found.rss - found.shared)
-
-    def __call__(self, stage: str, value: Tensor) -> None:
-        self.peak = max(self.peak, self.now() - self.start)
+def parameter_bytes() -> int:
+    """Of every parameter of this process that has values."""
+    found = (o for o in gc.get_objects() if isinstance(o, torch.nn.Parameter) and not o.is_meta)
+    return sum(p.untyped_storage().nbytes() for p in found)
 
 
-@pytest.fixture(scope="module")
-def many_layers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Side, Side]:
-    """18 layers of 4.2 MB in fp32; 76 MB in all."""
-    root = tmp_path_factory.mktemp("many")
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 18}
-    hf = make(root / "hf", LlamaConfig(**{**COMMON, **sizes}, vocab_size=128))
-    return HuggingFace(hf), Megatron(import_hf(hf, root / "weights", verify=False))
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_one_layer_in_memory(many_layers: tuple[Side, Side], which: int) -> None:
-    side = many_layers[which]
+@pytest.mark.parametrize("kind", ["hf", "weights"])
+def test_one_layer_in_memory(source: Path, weights: Path, kind: str) -> None:
+    side: Side = HuggingFace(source) if kind == "hf" else Megatron(weights)
     batch = Batch(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
-    side.run(batch, side.tensors, lambda stage, value: None)  # imports, thread pools
-    watch = Watch()
-    side.run(batch, side.tensors, watch)
-    assert watch.peak < 4 * 4.2e6
+    layer = [
+        t for name, t in load_file(source / "model.safetensors").items() if "layers.3." in name
+    ]
+    gc.collect()
+    before, seen = parameter_bytes(), []
+    side.run(batch, side.tensors, lambda *_: seen.append(parameter_bytes() - before), inside=3)
+    size = sum(4 * tensor.numel() for tensor in layer)
+    assert set(seen) == {size}
+    seen.clear()
+    side.run(batch, side.tensors, lambda *_: seen.append(parameter_bytes() - before))
+    assert set(seen) == {0, size}, "before the first layer and between the modules"
 
 
 PROMPTS: tuple[Sequence[str] | None, ...] = (None, ["ab", "c"])
