@@ -226,6 +226,7 @@ class _Loader:
         for pattern, name in source.names:
             converter.add_tensor(target, name, pattern, partial(self._tensor, name))
         made = converter.convert(target, model=self._model, config=self._model.config)
+        made = made[0] if isinstance(made, tuple) else made  # 5.0 adds a dict of errors
         return {n: v[0] if isinstance(v, list) else v for n, v in made.items()}
 
     def _tensor(self, name: str) -> Tensor:
