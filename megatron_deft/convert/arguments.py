@@ -32,6 +32,8 @@ def run_verify(args: argparse.Namespace) -> int:
         print(f"{stage:<{width}}  {difference:.1e}")
     print(f"{report.tensors.compared} tensors compared bit for bit")
     print(f"{report.tokens} tokens, positions up to {report.furthest}")
+    if report.by_layer:
+        print(f"every layer by itself, without {report.undecided} choices between equal experts")
     print("equal" if report.ok else "\n".join(f"DIFFERENT: {fault}" for fault in report.faults))
     return 0 if report.ok else 1
 

@@ -97,7 +97,14 @@ class Megatron:
             self._last = (owner, mapping.split(owner, self._read(owner), self.spec))
         return self._last[1][name]
 
-    def run(self, batch: Batch, dtypes: Dtypes, sink: Sink, inside: int | None = None) -> None:
+    def run(
+        self,
+        batch: Batch,
+        dtypes: Dtypes,
+        sink: Sink,
+        inside: int | None = None,
+        forced: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """See Side. Errors: UserError in a run of several processes."""
         self._last = (None, {})
         with torch.no_grad(), single_process():
@@ -105,28 +112,22 @@ class Megatron:
 
             config = transformer_config(self.spec, perform_initialization=False)
             model: Any = build_model(self.spec, config).eval()
-            rotary = model.rotary_pos_emb.register_forward_hook(partial(_take_positions, batch))
-            with stages.streamed(_Loader(self, model, dtypes).units()):
-                if inside is None:
-                    self._whole(model, batch, sink)
-                else:
-                    layer = model.decoder.layers[inside]
-                    readers = list(_parts(layer, config))
-                    with stages.observed(readers, sink), stages.ends_behind(layer):
-                        _logits(model, batch)
-            rotary.remove()
+            model.rotary_pos_emb.register_forward_hook(partial(_take_positions, batch))
+            whole, parts = _stages(model), partial(_parts, config)
+            with (
+                stages.streamed(_Loader(self, model, dtypes).units()),
+                stages.reported(model.decoder.layers, whole, parts, _swap, sink, inside, forced),
+            ):
+                logits = _logits(model, batch)[..., : self.spec.vocab_size]
+                stages.report(sink, {stages.LOGITS: logits})
 
-    def _whole(self, model: Any, batch: Batch, sink: Sink) -> None:
-        layers = model.decoder.layers
-        readers: list[tuple[torch.nn.Module, Read]] = [
-            (layer, _named(stages.layer_stage(i))) for i, layer in enumerate(layers)
-        ]
-        readers.append((model.decoder.final_layernorm, _named(stages.FINAL_NORM)))
-        readers.append((model.rotary_pos_emb, partial(_angles, model.config.rotary_interleaved)))
-        first = layers[0], stages.EMBEDDING, _named(stages.EMBEDDING), sink
-        with stages.observed(readers, sink), stages.input_observed(*first):
-            logits = _logits(model, batch)
-        stages.report(sink, {stages.LOGITS: logits[..., : self.spec.vocab_size]})
+
+def _stages(model: Any) -> Iterator[tuple[torch.nn.Module, Read]]:
+    """The modules that put out what is compared."""
+    for i, layer in enumerate(model.decoder.layers):
+        yield layer, _named(stages.layer_stage(i))
+    yield model.decoder.final_layernorm, _named(stages.FINAL_NORM)
+    yield model.rotary_pos_emb, partial(_angles, model.config.rotary_interleaved)
 
 
 class _Loader:
@@ -198,18 +199,17 @@ def _take_positions(batch: Batch, module: Any, inputs: Any, output: Any) -> Any:
 def _hidden(output: Any) -> Tensor:
     """[s, b, h] -> [b, s, h] of a module's output, its separate bias added."""
     value, bias = output if isinstance(output, tuple) else (output, None)
-    value = value if bias is None else value + bias
-    return value.transpose(0, 1)  # type: ignore[no-any-return]
+    return _swap(value if bias is None else value + bias)
 
 
-def _layer_output(output: Any) -> Tensor:
-    """A layer returns its hidden states and a context for cross attention."""
-    value: Tensor = output[0] if isinstance(output, tuple) else output
-    return value.transpose(0, 1)
+def _swap(hidden: Tensor) -> Tensor:
+    """[s, b, h] <-> [b, s, h]"""
+    return hidden.transpose(0, 1)
 
 
 def _named(stage: str) -> Read:
-    return lambda output: {stage: _layer_output(output)}
+    """A layer returns its hidden states and a context for cross attention."""
+    return lambda output: {stage: _swap(output[0] if isinstance(output, tuple) else output)}
 
 
 def _angles(interleaved: bool, output: Any) -> dict[str, Tensor]:
@@ -219,7 +219,7 @@ def _angles(interleaved: bool, output: Any) -> dict[str, Tensor]:
     return stages.angles(pairs.cos(), pairs.sin())
 
 
-def _parts(layer: Any, config: Any) -> Iterator[tuple[torch.nn.Module, Read]]:
+def _parts(config: Any, layer: Any) -> Iterator[tuple[torch.nn.Module, Read]]:
     """The modules of a layer that have a counterpart on the other side."""
     yield layer.input_layernorm, _named(stages.ATTENTION_NORM)
     yield layer.self_attention.linear_qkv, partial(_qkv, config)

@@ -72,32 +72,41 @@ class HuggingFace:
         """One tensor, as stored."""
         return self._weights.load(name)
 
-    def run(self, batch: Batch, dtypes: Dtypes, sink: Sink, inside: int | None = None) -> None:
+    def run(
+        self,
+        batch: Batch,
+        dtypes: Dtypes,
+        sink: Sink,
+        inside: int | None = None,
+        forced: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """See Side. A head that is stored is used, even where the config ties it: transformers 4
         would leave it unread and 5 would not, so a difference has to show."""
-        with torch.no_grad():
-            model = _without_weights(self._config)
-            units = _Loader(self, model, dtypes).units()
-            decoder = model.get_decoder()
-            with stages.streamed(units):
-                if inside is None:
-                    self._whole(model, decoder, batch, sink)
-                else:
-                    layer = decoder.layers[inside]
-                    readers = list(_parts(layer, self._config))
-                    with stages.observed(readers, sink), stages.ends_behind(layer):
-                        _logits(model, batch)
-
-    def _whole(self, model: Any, decoder: Any, batch: Batch, sink: Sink) -> None:
-        readers: list[tuple[torch.nn.Module, Read]] = [
-            (layer, _named(stages.layer_stage(i))) for i, layer in enumerate(decoder.layers)
-        ]
-        readers.append((decoder.norm, _named(stages.FINAL_NORM)))
-        if hasattr(decoder, "rotary_emb"):
-            readers.append((decoder.rotary_emb, _angles))
-        first = decoder.layers[0], stages.EMBEDDING, _named(stages.EMBEDDING), sink
-        with stages.observed(readers, sink), stages.input_observed(*first):
+        model = _without_weights(self._config)
+        layers = model.get_decoder().layers
+        whole = _stages(model, batch)
+        parts = partial(_parts, self._config)
+        with (
+            torch.no_grad(),
+            stages.streamed(_Loader(self, model, dtypes).units()),
+            stages.reported(layers, whole, parts, lambda x: x, sink, inside, forced),
+        ):
             stages.report(sink, {stages.LOGITS: _logits(model, batch)})
+
+
+def _stages(model: Any, batch: Batch) -> Iterator[tuple[torch.nn.Module, Read]]:
+    """The modules that put out what is compared, and the routers."""
+    decoder = model.get_decoder()
+    for i, layer in enumerate(decoder.layers):
+        name = stages.layer_stage(i)
+        yield layer, _named(name)
+        block = getattr(layer, "block_sparse_moe", None) or layer.mlp
+        if hasattr(block, "gate"):
+            chosen = model.config.num_experts_per_tok
+            yield block.gate, partial(_margin, stages.MARGIN + name, chosen, batch.ids.shape)
+    yield decoder.norm, _named(stages.FINAL_NORM)
+    if hasattr(decoder, "rotary_emb"):
+        yield decoder.rotary_emb, _angles
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:
@@ -301,45 +310,33 @@ def _angles(output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return stages.angles(cos, sin)
 
 
-# Which modules put out the parts; a layer is of the first kind whose module it has.
-KINDS: tuple[tuple[str, dict[str, str]], ...] = (
-    (
-        "pre_feedforward_layernorm",  # Gemma: norms around both halves
-        {
-            stages.ATTENTION: "post_attention_layernorm",
-            stages.MLP_NORM: "pre_feedforward_layernorm",
-            stages.MLP: "post_feedforward_layernorm",
-        },
-    ),
-    (
-        "post_self_attn_layernorm",  # GLM-4: the same, under other names
-        {
-            stages.ATTENTION: "post_self_attn_layernorm",
-            stages.MLP_NORM: "post_attention_layernorm",
-            stages.MLP: "post_mlp_layernorm",
-        },
-    ),
-    (
-        "block_sparse_moe",  # Mixtral of transformers 4
-        {
-            stages.ATTENTION: "self_attn",
-            stages.MLP_NORM: "post_attention_layernorm",
-            stages.MLP: "block_sparse_moe",
-        },
-    ),
-    (
-        "mlp",
-        {
-            stages.ATTENTION: "self_attn",
-            stages.MLP_NORM: "post_attention_layernorm",
-            stages.MLP: "mlp",
-        },
-    ),
-)
+def _margin(name: str, chosen: int, shape: torch.Size, output: Any) -> dict[str, Tensor]:
+    """Between the last expert chosen and the first one left out, of the largest score."""
+    scores = _hidden(output).reshape(*shape, -1)
+    top = scores.topk(chosen + 1, dim=-1).values
+    return {name: (top[..., -2] - top[..., -1]) / scores.abs().amax(dim=-1)}
+
+
+# Which modules put out the parts of a layer: the first line whose key is a module of the layer.
+USUAL = {stages.ATTENTION: "self_attn", stages.MLP_NORM: "post_attention_layernorm"}
+KINDS: Mapping[str, dict[str, str]] = {
+    "pre_feedforward_layernorm": {  # Gemma: norms around both halves
+        stages.ATTENTION: "post_attention_layernorm",
+        stages.MLP_NORM: "pre_feedforward_layernorm",
+        stages.MLP: "post_feedforward_layernorm",
+    },
+    "post_self_attn_layernorm": {  # GLM-4: the same, under other names
+        stages.ATTENTION: "post_self_attn_layernorm",
+        stages.MLP_NORM: "post_attention_layernorm",
+        stages.MLP: "post_mlp_layernorm",
+    },
+    "block_sparse_moe": {**USUAL, stages.MLP: "block_sparse_moe"},  # Mixtral of transformers 4
+    "mlp": {**USUAL, stages.MLP: "mlp"},
+}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
 
-def _parts(layer: torch.nn.Module, config: Any) -> Iterator[tuple[torch.nn.Module, Read]]:
+def _parts(config: Any, layer: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, Read]]:
     """The modules of a layer that have a counterpart on the other side."""
     yield layer.get_submodule("input_layernorm"), _named(stages.ATTENTION_NORM)
     attention = layer.get_submodule("self_attn")
@@ -348,7 +345,7 @@ def _parts(layer: torch.nn.Module, config: Any) -> Iterator[tuple[torch.nn.Modul
     for part, name in zip(stages.QKV, PROJECTIONS, strict=True):
         if hasattr(attention, name):
             yield attention.get_submodule(name), _named(part)
-    names = next(names for marker, names in KINDS if hasattr(layer, marker))
+    names = next(names for marker, names in KINDS.items() if hasattr(layer, marker))
     for part, name in names.items():
         yield layer.get_submodule(name), _named(part)
 

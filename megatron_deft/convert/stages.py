@@ -1,19 +1,24 @@
 """What both sides of a verification share: stages, and modules that hold weights in turn."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from megatron_deft.platform import device
+
 ROTARY, EMBEDDING, FINAL_NORM, LOGITS = "rotary positions", "embedding", "final norm", "logits"
 # What a layer is made of, in the order of computation.
 QKV = ("qkv query", "qkv key", "qkv value")
 ATTENTION_NORM, ATTENTION, MLP_NORM, MLP = "attention norm", "attention output", "mlp norm", "mlp"
+# Before the name of a layer: how clearly its router chose each token's experts, [b, s].
+MARGIN = "margin of "
 
 # Takes a stage's name and its values, [b, s, ...] float32 on the CPU, the moment they are computed.
 Sink = Callable[[str, Tensor], None]
@@ -66,10 +71,19 @@ class Side(Protocol):
     def load(self, name: str) -> Tensor:
         """One tensor, as stored."""
 
-    def run(self, batch: Batch, dtypes: Dtypes, sink: Sink, inside: int | None = None) -> None:
+    def run(
+        self,
+        batch: Batch,
+        dtypes: Dtypes,
+        sink: Sink,
+        inside: int | None = None,
+        forced: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Compute the logits in fp32, of weights rounded to `dtypes`, and report every stage.
 
         inside: the layer whose parts are reported in place of the stages; the run ends behind it.
+        forced: stages of another run; every layer goes on from these and not from what the layer
+            before it has put out (and reported).
         """
 
 
@@ -117,15 +131,47 @@ def _plainly(call: Callable[[], None]) -> Callable[..., None]:
 
 # Turns what a module puts out into the values of stages.
 Read = Callable[[Any], Mapping[str, Tensor]]
+Readers = Iterable[tuple[torch.nn.Module, Read]]
 
 
 @contextmanager
-def observed(readers: Sequence[tuple[torch.nn.Module, Read]], sink: Sink) -> Iterator[None]:
-    """Inside the block the outputs of these modules go to `sink`."""
+def reported(
+    layers: Sequence[torch.nn.Module],
+    whole: Readers,
+    parts: Callable[[torch.nn.Module], Readers],
+    form: Callable[[Tensor], Tensor],
+    sink: Sink,
+    inside: int | None,
+    forced: Mapping[str, Tensor] | None,
+) -> Iterator[None]:
+    """Inside the block a forward pass does what Side.run says; with `inside` it leaves the block.
+
+    Args:
+        layers: the decoder's.
+        whole, parts: which modules put out stages, and which of a layer put out its parts.
+        form: between the layers' form of hidden states and [b, s, h], both ways.
+        sink, inside, forced: see Side.run.
+    """
     with ExitStack() as stack:
-        for module, read in readers:
+        if inside is None:
+            stack.callback(layers[0].register_forward_pre_hook(
+                _input_reporting(form, sink), with_kwargs=True
+            ).remove)  # fmt: skip
+        for module, read in whole if inside is None else parts(layers[inside]):
             stack.callback(module.register_forward_hook(_reporting(read, sink)).remove)
+        for i, layer in enumerate(layers if forced else ()):  # hooks run in order: after the report
+            assert forced is not None
+            value = form(forced[layer_stage(i)]).to(device(), copy=True).contiguous()
+            stack.callback(layer.register_forward_hook(partial(_replace, value)).remove)
+        if inside is not None:
+            stack.enter_context(_ends_behind(layers[inside]))
         yield
+
+
+def report(sink: Sink, values: Mapping[str, Tensor]) -> None:
+    """Hand stages to `sink` as it wants them: copies, for megatron-core adds residuals in place."""
+    for name, value in values.items():
+        sink(name, value.detach().to("cpu", torch.float32, copy=True))
 
 
 def _reporting(read: Read, sink: Sink) -> Callable[..., None]:
@@ -135,24 +181,17 @@ def _reporting(read: Read, sink: Sink) -> Callable[..., None]:
     return hook
 
 
-def report(sink: Sink, values: Mapping[str, Tensor]) -> None:
-    """Hand stages to `sink` as it wants them."""
-    for name, value in values.items():
-        sink(name, value.detach().float().cpu())
-
-
-@contextmanager
-def input_observed(module: torch.nn.Module, name: str, read: Read, sink: Sink) -> Iterator[None]:
-    """Inside the block the hidden states that go into `module` go to `sink`."""
+def _input_reporting(form: Callable[[Tensor], Tensor], sink: Sink) -> Callable[..., None]:
+    """The first layer's input: some families scale what the embedding puts out."""
 
     def hook(module: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        report(sink, read(inputs[0] if inputs else named["hidden_states"]))
+        report(sink, {EMBEDDING: form(inputs[0] if inputs else named["hidden_states"])})
 
-    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return hook
+
+
+def _replace(value: Tensor, module: torch.nn.Module, inputs: Any, output: Any) -> Any:
+    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 class _Enough(Exception):  # noqa: N818 (not an error)
@@ -160,9 +199,7 @@ class _Enough(Exception):  # noqa: N818 (not an error)
 
 
 @contextmanager
-def ends_behind(module: torch.nn.Module) -> Iterator[None]:
-    """A block that ends, without an error, once `module` has run."""
-
+def _ends_behind(module: torch.nn.Module) -> Iterator[None]:
     def hook(*_: Any) -> None:
         raise _Enough
 

@@ -10,7 +10,7 @@ Both models run their ordinary forward pass once, with the weights of one layer 
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,9 @@ __all__ = ["DTYPES", "Report", "Tensors", "require_equal", "single_process", "ve
 TOLERANCE = 1e-4  # of the largest reference value; two fp32 implementations differ by about 1e-6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = 2**24  # values compared at a time
+# A router's scores that are closer, as a fraction of the largest, may be ordered either way.
+CLOSE = 1e-5
+MOST_UNDECIDED = 0.05  # of all choices; with more, too little would be left to compare
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Report:
     part: str | None = None  # the first part that differs of the layer that differs first
     tensors: Tensors = field(default_factory=Tensors)
     furthest: int = 0  # the last position compared, from 0
+    undecided: int | None = None  # choices of experts left out; None: compared from end to end
 
     @property
     def relative(self) -> float:
@@ -63,8 +67,13 @@ class Report:
 
     @property
     def logits_ok(self) -> bool:
-        """Whether the logits agree within TOLERANCE; nan does not."""
-        return self.relative <= TOLERANCE
+        """Whether the logits agree within TOLERANCE, from end to end or through every layer."""
+        return all(map(_near, self.stages.values() if self.by_layer else [self.relative]))
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether every layer was compared by itself."""
+        return self.undecided is not None
 
     @property
     def ok(self) -> bool:
@@ -74,17 +83,20 @@ class Report:
     @property
     def first_difference(self) -> str | None:
         """The first stage (embedding, layer 0) beyond TOLERANCE; None when the logits agree."""
-        beyond = (name for name, value in self.stages.items() if not value <= TOLERANCE)
+        beyond = (name for name, value in self.stages.items() if not _near(value))
         return None if self.logits_ok else next(beyond)
+
+    def _where(self) -> str:
+        stage, limit = self.first_difference or "", f"(at most {TOLERANCE:.0e})"
+        where = f"{stage} ({self.part})" if self.part else stage
+        if self.by_layer:
+            return f"{where} differs by {self.stages[stage]:.1e} of its scale {limit}"
+        return f"logits differ by {self.relative:.1e} of their scale {limit}, first at {where}"
 
     @property
     def faults(self) -> list[str]:
         """What is different, one line each; none when the models are the same."""
-        where = f"{self.first_difference}{f' ({self.part})' if self.part else ''}"
-        found = [
-            f"logits differ by {self.relative:.1e} of their scale (at most {TOLERANCE:.0e}), "
-            f"first at {where}"
-        ] * (not self.logits_ok)
+        found = [] if self.logits_ok else [self._where()]
         different, missing = self.tensors.different, self.tensors.missing
         count = f"{len(different)} of {self.tensors.compared}"
         found += [f"{count} tensors differ: {some(different)}"] * bool(different)
@@ -99,6 +111,11 @@ def verify(
     dtype: str | None = None,
 ) -> Report:
     """Compare two models: every tensor, and on some tokens every layer's output and the logits.
+
+    With experts a rounding error can send a token to another one of two that are equally good, and
+    everything behind it differs. Where the logits differ, such models are compared once more layer
+    by layer: each layer of the one goes on from what the other has put out before it, and is
+    compared on the tokens whose experts are beyond doubt.
 
     Tokens and positions: see convert/tokens.py; they reach to the last position the model allows.
     The models run in fp32, one after the other, each with the weights of one layer in memory. When
@@ -120,17 +137,17 @@ def verify(
     tensors = _compare_tensors(*sides, dtypes)
     batch = make_batch([side.tokenizer for side in sides], sides[0].facts, prompts)
     found = _compare(*sides, batch, dtypes)
-    positions = int(batch.positions[-1])
-    report = Report(found, batch.ids.numel(), None, tensors, positions)
+    report = Report(found, batch.ids.numel(), None, tensors, int(batch.positions[-1]))
+    forced: dict[str, Tensor] | None = None
+    if not report.logits_ok and any(".experts." in name for name in sides[0].tensors):
+        found, undecided, followed = _compare_layer_by_layer(*sides, batch, dtypes)
+        if undecided <= MOST_UNDECIDED * report.tokens * sides[0].facts.layers:
+            report, forced = replace(report, stages=found, undecided=undecided), followed
     layer = stages.layer_of(report.first_difference or "")
     if layer is None:
         return report
-    beyond = (
-        part
-        for part, value in _compare(*sides, batch, dtypes, layer).items()
-        if not value <= TOLERANCE
-    )
-    return Report(found, report.tokens, next(beyond, None), tensors, positions)
+    parts = _compare(*sides, batch, dtypes, layer, forced)
+    return replace(report, part=next((p for p, value in parts.items() if not _near(value)), None))
 
 
 def require_equal(hf_dir: Path, megatron_folder: Path, dtype: str | None = None) -> Report:
@@ -190,24 +207,66 @@ def _same_bits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _compare(
-    a: Side, b: Side, batch: Batch, dtypes: Dtypes, inside: int | None = None
+    a: Side,
+    b: Side,
+    batch: Batch,
+    dtypes: Dtypes,
+    inside: int | None = None,
+    forced: dict[str, Tensor] | None = None,
 ) -> dict[str, float]:
     """The difference of every stage that both sides have, in the order of computation."""
     reference: dict[str, Tensor] = {}
     found: dict[str, float] = {}
 
     def compare(stage: str, value: Tensor) -> None:
-        if stage in reference:
+        if stage in reference and not stage.startswith(stages.MARGIN):
             found[stage] = _relative(value, reference.pop(stage))
 
-    a.run(batch, dtypes, reference.__setitem__, inside)
-    b.run(batch, dtypes, compare, inside)
+    a.run(batch, dtypes, reference.__setitem__, inside, forced)
+    b.run(batch, dtypes, compare, inside, forced)
     return found
 
 
-def _relative(value: Tensor, reference: Tensor) -> float:
-    """max |value - reference| / max |reference|; nan if either holds one, or shapes differ."""
+def _compare_layer_by_layer(
+    a: Side, b: Side, batch: Batch, dtypes: Dtypes
+) -> tuple[dict[str, float], int, dict[str, Tensor]]:
+    """The difference of every stage, computed from equal inputs; how many choices of experts were
+    too close to call, over all layers; and the stages that were followed.
+
+    Tokens of such a choice are left out of that layer's difference. The transformers side is
+    followed: it tells its routers' scores.
+    """
+    leader, follower = (a, b) if isinstance(a, HuggingFace) else (b, a)
+    reference: dict[str, Tensor] = {}
+    leader.run(batch, dtypes, reference.__setitem__)
+    clear = {
+        stage.removeprefix(stages.MARGIN): margin > CLOSE
+        for stage, margin in reference.items()
+        if stage.startswith(stages.MARGIN)
+    }
+    found: dict[str, float] = {}
+
+    def compare(stage: str, value: Tensor) -> None:
+        if stage in reference and not stage.startswith(stages.MARGIN):
+            found[stage] = _relative(value, reference[stage], clear.get(stage))
+
+    follower.run(batch, dtypes, compare, forced=reference)
+    return found, sum(int((~tokens).sum()) for tokens in clear.values()), reference
+
+
+def _near(difference: float) -> bool:
+    """Whether it is a rounding error; nan is not."""
+    return difference <= TOLERANCE
+
+
+def _relative(value: Tensor, reference: Tensor, tokens: Tensor | None = None) -> float:
+    """max |value - reference| / max |reference|; nan if either holds one, or shapes differ.
+
+    tokens: [b, s] bool, those to compare; None: all
+    """
     if value.shape != reference.shape:
         return float("nan")
     scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((value - reference).abs().max() / scale)
+    difference = (value - reference).abs()
+    difference = difference if tokens is None else difference[tokens]
+    return float(difference.max() / scale) if difference.numel() else float("nan")

@@ -61,11 +61,42 @@ def test_equals_the_whole_model(case: str, tmp_path: Path) -> None:
             attention_mask=torch.ones_like(BATCH.ids),
             output_hidden_states=True,
         )
-    assert list(found)[2:] == ["layer 0", "layer 1", "final norm", "logits"]
+    names = [name for name in found if not name.startswith(stages.MARGIN)]
+    assert names[2:] == ["layer 0", "layer 1", "final norm", "logits"]
     assert torch.equal(found["logits"], output.logits)
     assert torch.equal(found["embedding"], output.hidden_states[0])
     assert torch.equal(found["layer 0"], output.hidden_states[1])
     assert torch.equal(found["final norm"], output.hidden_states[2])
+
+
+@pytest.mark.parametrize(("case", "layers"), [("mixtral", 2), ("qwen3_moe", 1), ("llama", 0)])
+def test_how_clearly_experts_are_chosen(case: str, layers: int, tmp_path: Path) -> None:
+    folder = make(tmp_path / "hf", CONFIGS[case])
+    side = HuggingFace(folder)
+    found: dict[str, torch.Tensor] = {}
+    side.run(BATCH, side.tensors, found.__setitem__)
+    margins = {name: value for name, value in found.items() if name.startswith(stages.MARGIN)}
+    assert list(margins) == [f"margin of layer {i}" for i in range(layers)]
+    for margin in margins.values():
+        assert margin.shape == BATCH.ids.shape
+        assert bool((margin > 0).all())
+        assert bool((margin < 1).all())
+
+
+def test_layers_go_on_from_what_is_forced(tmp_path: Path) -> None:
+    folder = make(tmp_path / "hf", CONFIGS["llama"])
+    side = HuggingFace(folder)
+    free: dict[str, torch.Tensor] = {}
+    side.run(BATCH, side.tensors, free.__setitem__)
+    same: dict[str, torch.Tensor] = {}
+    side.run(BATCH, side.tensors, same.__setitem__, forced=free)
+    assert all(torch.equal(same[name], free[name]) for name in free)
+    found: dict[str, torch.Tensor] = {}
+    zero = {**free, "layer 0": torch.zeros_like(free["layer 0"])}
+    side.run(BATCH, side.tensors, found.__setitem__, forced=zero)
+    assert torch.equal(found["layer 0"], free["layer 0"]), "reported as it was computed"
+    assert not found["layer 1"].any()
+    assert torch.equal(found["logits"], free["logits"]), "layer 1 is forced again"
 
 
 @pytest.mark.parametrize("case", CONFIGS)

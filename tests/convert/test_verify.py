@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 from megatron_deft.convert import mapping
+from megatron_deft.convert import verify as module
 from megatron_deft.convert.hf import import_hf
 from megatron_deft.convert.mapping import Transform
 from megatron_deft.convert.ours import Megatron
@@ -26,7 +27,7 @@ from megatron_deft.convert.tokens import make_batch
 from megatron_deft.convert.verify import Report, Tensors, require_equal, single_process, verify
 from megatron_deft.data.tiny import make_tiny_llama
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.families import FAMILIES, ModelSpec
 from megatron_deft.platform import initialize, shutdown
 from tests.convert.tiny_models import COMMON, CONFIGS, make
 
@@ -278,6 +279,50 @@ def test_any_two_folders_in_any_order(source: Path, weights: Path, tmp_path: Pat
     for a, b in ((changed, source), (source, other), (weights, changed)):
         report = verify(a, b)
         assert (report.first_difference, report.part) == ("layer 2", "qkv query")
+
+
+def test_equal_parts_in_any_order(source: Path, weights: Path) -> None:
+    """Whichever side is kept in memory while the other runs."""
+    sides: list[Side] = [HuggingFace(source), Megatron(weights)]
+    batch = make_batch([], sides[0].facts, None)
+    for a, b in (sides, reversed(sides)):
+        parts = module._compare(a, b, batch, a.tensors, inside=1)
+        assert list(parts) == [
+            "attention norm", "qkv query", "qkv key", "qkv value", "attention output", "mlp norm",
+            "mlp",
+        ]  # fmt: skip
+        assert max(parts.values()) < 1e-5
+
+
+def near_tie(tensors: dict[str, Tensor]) -> None:
+    """Two experts of layer 1 that a token goes to by a rounding error."""
+    rows = tensors["model.layers.1.block_sparse_moe.gate.weight"]
+    rows[1] = rows[0] + 1e-8 * torch.randn(32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.skipif("mixtral" not in FAMILIES, reason="this version converts no mixtral")
+def test_equally_good_experts_are_no_difference(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    sizes = {**COMMON, "max_position_embeddings": 4096, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, vocab_size=150, num_local_experts=8, sliding_window=None)
+    hf = spoiled(make(tmp_path / "plain", config), tmp_path / "hf", near_tie)
+    weights = import_hf(hf, tmp_path / "weights", verify=False)
+    sides = HuggingFace(hf), Megatron(weights)
+    batch = make_batch([], sides[0].facts, None)
+    assert module._compare(*sides, batch, sides[0].tensors)["logits"] > 1e-2, "no token went astray"
+    report = verify(hf, weights)
+    assert report.ok
+    assert report.by_layer
+    assert 0 < (report.undecided or 0) < 100
+
+    def one_expert(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.2.block_sparse_moe.experts.3.w1.weight"] *= 1.01
+
+    other = spoiled(hf, tmp_path / "other", one_expert)
+    for report in (verify(other, weights), verify(weights, other)):
+        assert (report.first_difference, report.part) == ("layer 2", "mlp")
+        assert "layer 2 (mlp) differs by" in report.faults[0]
 
 
 def test_folders_that_cannot_be_compared(source: Path, tied: Path, tmp_path: Path) -> None:
