@@ -19,6 +19,12 @@ from itertools import islice
 from typing import Any
 
 from megatron_deft.benchmarks.arguments import BENCHMARKS
+from megatron_deft.convert.arguments import (
+    add_inspect_arguments,
+    add_verify_arguments,
+    run_inspect,
+    run_verify,
+)
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 
@@ -119,17 +125,6 @@ def _convert_export(args: Arguments) -> int:
 
 def _proof(verified: bool) -> str:
     return ", logits equal to the source's" if verified else ", not verified"
-
-
-def _convert_verify(args: Arguments) -> int:
-    from megatron_deft.convert.verify import verify
-
-    result = verify(args.hf, args.megatron)
-    for stage, difference in result.stages.items():
-        print(f"{stage:<16} {difference:.1e}")
-    first = f", first at {result.first_difference}" if not result.ok else ""
-    print(f"{result.tokens} tokens: {'equal' if result.ok else 'DIFFERENT'}{first}")
-    return 0 if result.ok else 1
 
 
 def _evaluate_figfont(args: Arguments) -> int:
@@ -237,14 +232,19 @@ def _add_convert(commands: Group) -> None:
         parser.add_argument(
             "--no-verify", dest="verify", action="store_false", help="do not compare the logits"
         )
-    verify = _command(
-        group, "verify", _convert_verify,
-        "Compare a Hugging Face folder with converted weights. Both compute the same tokens; the "
-        "difference of every layer's output is printed. Exits with 1 when the logits differ.",
+    add_verify_arguments(_command(
+        group, "verify", run_verify,
+        "Compare two models, each a Hugging Face folder or one of ours. Every tensor is compared "
+        "bit for bit; both compute the same tokens, and the difference of every layer's output is "
+        "printed. Exits with 1 when the models differ.",
         "convert verify Qwen2.5-1.5B weights/qwen2.5-1.5b",
-    )  # fmt: skip
-    verify.add_argument("hf", metavar="HF_FOLDER")
-    verify.add_argument("megatron", metavar="CHECKPOINT", help="weights, checkpoint or run")
+    ))  # fmt: skip
+    add_inspect_arguments(_command(
+        group, "inspect", run_inspect,
+        "Show what a folder is. Its kind, the architecture, where the weights come from, whether "
+        "it is whole. Reads headers only. Exits with 1 when the folder is damaged.",
+        "convert inspect runs/deft",
+    ))  # fmt: skip
 
 
 def _add_data(commands: Group) -> None:

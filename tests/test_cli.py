@@ -15,8 +15,8 @@ from megatron_deft.errors import UserError
 
 COMMANDS = (
     ["objectives"], ["prepare", "figfont"], ["tiny"], ["train"], ["convert", "import"],
-    ["convert", "export"], ["convert", "verify"], ["evaluate", "figfont"], ["bench", "loss"],
-    ["bench", "convert"], ["doctor"],
+    ["convert", "export"], ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"],
+    ["bench", "loss"], ["bench", "convert"], ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
 
@@ -352,12 +352,30 @@ def test_convert_calls(monkeypatch, capsys, argv, name, expected):
 def test_convert_verify_prints_and_judges(monkeypatch, capsys, difference, code):
     from megatron_deft.convert import verify
 
-    report = verify.Report({"embedding": 0.0, "layer 0": difference, "logits": difference}, 64)
-    monkeypatch.setattr(verify, "verify", lambda hf, megatron: report)
-    assert main(["convert", "verify", "hf", "weights"]) == code
+    seen = []
+    found = {"embedding": 0.0, "layer 0": difference, "logits": difference}
+    report = verify.Report(found, 64, "mlp", verify.Tensors(7), 4095)
+    monkeypatch.setattr(verify, "verify", lambda *args: seen.append(args) or report)
+    argv = ["a", "b", "--prompt", "one", "--prompt", "two", "--dtype", "bf16"]
+    assert main(["convert", "verify", *argv]) == code
+    assert seen == [("a", "b", ["one", "two"], "bf16")]
     out = capsys.readouterr().out
-    assert "64 tokens: " in out
-    assert ("DIFFERENT, first at layer 0" in out) == bool(code)
+    assert "7 tensors compared" in out
+    assert "64 tokens, positions up to 4095" in out
+    assert ("DIFFERENT: logits" in out and "first at layer 0 (mlp)" in out) == bool(code)
+    assert out.endswith("equal\n") != bool(code)
+
+
+def test_convert_verify_of_tensors(monkeypatch, capsys):
+    from megatron_deft.convert import verify
+
+    tensors = verify.Tensors(7, ("x.weight",), ("y.weight (not in a)",))
+    report = verify.Report({"logits": 0.0}, 64, None, tensors)
+    monkeypatch.setattr(verify, "verify", lambda *args: report)
+    assert main(["convert", "verify", "a", "b"]) == 1
+    out = capsys.readouterr().out
+    assert "DIFFERENT: 1 of 7 tensors differ: x.weight" in out
+    assert "DIFFERENT: only one has y.weight (not in a)" in out
 
 
 def test_evaluate_figfont_calls(monkeypatch):

@@ -1,46 +1,64 @@
-"""Proof that a Megatron folder and a Hugging Face folder are the same model: their logits agree.
+"""Proof that two folders hold the same model, whatever their formats.
 
-Both run in fp32 on the same tokens. A loss that falls proves nothing (a model with scrambled heads
-learns too), and equal checksums prove only that tensors were moved, not that they mean the same.
+Two things are compared. Every tensor, bit for bit, under its Hugging Face name: what is read back
+from a Megatron state is what the Hugging Face folder holds. And what the models compute, in fp32 on
+the same tokens: rotary angles, every layer's output, logits. Neither is enough alone. A loss that
+falls proves nothing (a model with scrambled heads learns too), equal tensors prove only that they
+were moved, not that they mean the same, and equal logits say nothing of a row that no token used.
+
+Both models run their ordinary forward pass once, with the weights of one layer in memory.
 """
 
-import gc
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
-import numpy
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert.state import load_model
+from megatron_deft.convert import stages
+from megatron_deft.convert.hf_folder import some
+from megatron_deft.convert.ours import Megatron, single_process
+from megatron_deft.convert.reference import HuggingFace
+from megatron_deft.convert.stages import Batch, Dtypes, Side
+from megatron_deft.convert.tokens import make_batch
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
-from megatron_deft.platform import backend, cpu_platform, device, initialize, shutdown
+
+__all__ = ["DTYPES", "Report", "Tensors", "require_equal", "single_process", "verify"]
 
 TOLERANCE = 1e-4  # of the largest reference value; two fp32 implementations differ by about 1e-6
-SENTENCE = "Conversion is proven by what the model says: 12 + 30 = 42, naïve or not."
-RANDOM_TOKENS = 256  # long enough for scaled rotary frequencies to matter
-SEED = 20240917
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+BLOCK = 2**24  # values compared at a time
+# A router's scores that are closer, as a fraction of the largest, may be ordered either way.
+CLOSE = 1e-5
+MOST_UNDECIDED = 0.05  # of all choices; with more, too little would be left to compare
 
-# Stage name -> its values [b, s, ...], in the order of computation.
-Stages = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class Tensors:
+    """Every tensor of both folders, bit for bit."""
+
+    compared: int = 0
+    different: tuple[str, ...] = ()  # names, in the order of the model
+    missing: tuple[str, ...] = ()  # "NAME (not in FOLDER)"
+
+    @property
+    def ok(self) -> bool:
+        """Whether both hold the same."""
+        return not (self.different or self.missing)
 
 
 @dataclass(frozen=True)
 class Report:
-    """How far two models are apart on the same tokens."""
+    """How far two models are apart."""
 
     stages: dict[str, float]  # stage -> max |difference| / max |reference|; "logits" is the last
     tokens: int
+    part: str | None = None  # the first part that differs of the layer that differs first
+    tensors: Tensors = field(default_factory=Tensors)
+    furthest: int = 0  # the last position compared, from 0
+    undecided: int | None = None  # choices of experts left out; None: compared from end to end
 
     @property
     def relative(self) -> float:
@@ -48,51 +66,88 @@ class Report:
         return self.stages["logits"]
 
     @property
+    def logits_ok(self) -> bool:
+        """Whether the logits agree within TOLERANCE, from end to end or through every layer."""
+        return all(map(_near, self.stages.values() if self.by_layer else [self.relative]))
+
+    @property
+    def by_layer(self) -> bool:
+        """Whether every layer was compared by itself."""
+        return self.undecided is not None
+
+    @property
     def ok(self) -> bool:
-        """Whether the logits agree within TOLERANCE; nan does not."""
-        return self.relative <= TOLERANCE
+        """Whether the logits agree and every tensor is the same."""
+        return self.logits_ok and self.tensors.ok
 
     @property
     def first_difference(self) -> str | None:
         """The first stage (embedding, layer 0) beyond TOLERANCE; None when the logits agree."""
-        beyond = (name for name, value in self.stages.items() if not value <= TOLERANCE)
-        return None if self.ok else next(beyond)
+        beyond = (name for name, value in self.stages.items() if not _near(value))
+        return None if self.logits_ok else next(beyond)
+
+    def _where(self) -> str:
+        stage, limit = self.first_difference or "", f"(at most {TOLERANCE:.0e})"
+        where = f"{stage} ({self.part})" if self.part else stage
+        if self.by_layer:
+            return f"{where} differs by {self.stages[stage]:.1e} of its scale {limit}"
+        return f"logits differ by {self.relative:.1e} of their scale {limit}, first at {where}"
+
+    @property
+    def faults(self) -> list[str]:
+        """What is different, one line each; none when the models are the same."""
+        found = [] if self.logits_ok else [self._where()]
+        different, missing = self.tensors.different, self.tensors.missing
+        count = f"{len(different)} of {self.tensors.compared}"
+        found += [f"{count} tensors differ: {some(different)}"] * bool(different)
+        found += [f"only one has {some(missing)}"] * bool(missing)
+        return found
 
 
 def verify(
-    hf_dir: str | Path,
-    megatron_folder: str | Path,
+    a: str | Path,
+    b: str | Path,
     prompts: Sequence[str] | None = None,
     dtype: str | None = None,
 ) -> Report:
-    """Compare the logits of both models, and every layer's output on the way.
+    """Compare two models: every tensor, and on some tokens every layer's output and the logits.
 
-    The models are held one after the other in fp32. Tokens: fixed random ids, and a sentence (or
-    `prompts`) where hf_dir has a tokenizer.
+    With experts a rounding error can send a token to another one of two that are equally good, and
+    everything behind it differs. Where the logits differ, such models are compared once more layer
+    by layer: each layer of the one goes on from what the other has put out before it, and is
+    compared on the tokens whose experts are beyond doubt.
+
+    Tokens and positions: see convert/tokens.py; they reach to the last position the model allows.
+    The models run in fp32, one after the other, each with the weights of one layer in memory. When
+    a layer differs, both run once more up to it to tell which of its parts differs first.
 
     Args:
-        hf_dir: a Hugging Face folder.
-        megatron_folder: a weights, checkpoint or run folder.
-        prompts: texts in place of the built-in sentence.
-        dtype: round both models' weights to it first ("fp32", "bf16"); None takes what the
-            folder's import converted to.
+        a, b: each a Hugging Face folder, or a weights, checkpoint or run folder. Differences are
+            fractions of a's values.
+        prompts: texts in place of the built-in ones; they need a tokenizer in one of the folders.
+        dtype: round all weights to it first ("fp32", "bf16"); None takes for every tensor the
+            coarser of the two that are stored, so a bf16 model equals what it was rounded from.
 
-    Errors: UserError in a run of several processes, or when a folder cannot be read.
+    Errors: UserError in a run of several processes, when a folder cannot be read, or when the two
+    are of different sizes.
     """
-    hf_dir, folder = Path(hf_dir), folders.resolve(megatron_folder)
-    manifest = folders.read_manifest(folder)
-    spec = ModelSpec.from_json(manifest["spec"])
-    rounding = DTYPES[dtype or manifest.get("dtype") or "fp32"]
-    samples = _samples(hf_dir, spec, prompts)
-    with torch.no_grad():
-        reference = _run_transformers(hf_dir, samples, rounding)
-        gc.collect()
-        ours = _run_megatron(folder, spec, samples, rounding)
-    stages = {
-        name: max(_relative(a[name], b[name]) for a, b in zip(ours, reference, strict=True))
-        for name in reference[0]
-    }
-    return Report(stages, sum(sample.numel() for sample in samples))
+    sides = _open(Path(a)), _open(Path(b))
+    _require_same_facts(*sides)
+    dtypes = _dtypes(*sides, DTYPES[dtype] if dtype else None)
+    tensors = _compare_tensors(*sides, dtypes)
+    batch = make_batch([side.tokenizer for side in sides], sides[0].facts, prompts)
+    found = _compare(*sides, batch, dtypes)
+    report = Report(found, batch.ids.numel(), None, tensors, int(batch.positions[-1]))
+    forced: dict[str, Tensor] | None = None
+    if not report.logits_ok and any(".experts." in name for name in sides[0].tensors):
+        found, undecided, followed = _compare_layer_by_layer(*sides, batch, dtypes)
+        if undecided <= MOST_UNDECIDED * report.tokens * sides[0].facts.layers:
+            report, forced = replace(report, stages=found, undecided=undecided), followed
+    layer = stages.layer_of(report.first_difference or "")
+    if layer is None:
+        return report
+    parts = _compare(*sides, batch, dtypes, layer, forced)
+    return replace(report, part=next((p for p, value in parts.items() if not _near(value)), None))
 
 
 def require_equal(hf_dir: Path, megatron_folder: Path, dtype: str | None = None) -> Report:
@@ -100,149 +155,118 @@ def require_equal(hf_dir: Path, megatron_folder: Path, dtype: str | None = None)
     report = verify(hf_dir, megatron_folder, dtype=dtype)
     if not report.ok:
         raise UserError(
-            f"the converted model is not the same: logits differ by {report.relative:.1e} of their "
-            f"scale (at most {TOLERANCE:.0e}), first at {report.first_difference}; nothing was "
+            f"the converted model is not the same: {'; '.join(report.faults)}; nothing was "
             "written: please report it with the model's config.json"
         )
     return report
 
 
-def _relative(ours: Tensor, reference: Tensor) -> float:
-    """max |ours - reference| / max |reference|; nan if either holds one."""
-    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((ours - reference).abs().max() / scale)
+def _open(path: Path) -> Side:
+    """The kind of folder it is: a Hugging Face folder has a config.json and no manifest."""
+    if (path / "config.json").is_file() and not (path / folders.MANIFEST).exists():
+        return HuggingFace(path)
+    return Megatron(path)
 
 
-def _samples(hf_dir: Path, spec: ModelSpec, prompts: Sequence[str] | None) -> list[Tensor]:
-    """Token ids, each [1, s] int64."""
-    length = min(RANDOM_TOKENS, spec.max_position_embeddings)
-    generator = torch.Generator().manual_seed(SEED)
-    samples = [torch.randint(spec.vocab_size, (1, length), generator=generator)]
-    if any((hf_dir / name).exists() for name in TOKENIZER_FILES):
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(hf_dir, local_files_only=True)
-        for text in prompts or [SENTENCE]:
-            ids = tokenizer(text, return_tensors="pt")["input_ids"]
-            samples.append(ids[:, : spec.max_position_embeddings])
-    elif prompts:
-        raise UserError(f"{hf_dir} has no tokenizer for the prompts: copy it there or pass none")
-    return samples
+def _require_same_facts(a: Side, b: Side) -> None:
+    pairs = {name: (value, vars(b.facts)[name]) for name, value in vars(a.facts).items()}
+    if wrong := [f"{name} {x} and {y}" for name, (x, y) in pairs.items() if x != y]:
+        raise UserError(
+            f"{a.path} and {b.path} are different architectures: {', '.join(wrong)}; only models "
+            "of the same sizes can be compared"
+        )
 
 
-def _run_transformers(hf_dir: Path, samples: list[Tensor], rounding: torch.dtype) -> list[Stages]:
-    from transformers import AutoModelForCausalLM
+def _dtypes(a: Side, b: Side, dtype: torch.dtype | None) -> dict[str, torch.dtype]:
+    """What each tensor is rounded to on both sides."""
+    names = dict.fromkeys([*a.tensors, *b.tensors])
+    return {n: dtype or _coarser(s.tensors[n] for s in (a, b) if n in s.tensors) for n in names}
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        hf_dir, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+
+def _coarser(dtypes: Iterable[torch.dtype]) -> torch.dtype:
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
+
+
+def _compare_tensors(a: Side, b: Side, dtypes: Dtypes) -> Tensors:
+    """One tensor at a time, in b's order: the parts of a Megatron parameter follow each other."""
+    missing = [f"{name} (not in {b.path})" for name in a.tensors if name not in b.tensors]
+    missing += [f"{name} (not in {a.path})" for name in b.tensors if name not in a.tensors]
+    both = [name for name in b.tensors if name in a.tensors]
+    different = [n for n in both if not _same_bits(a.load(n), b.load(n), dtypes[n])]
+    return Tensors(len(both), tuple(different), tuple(missing))
+
+
+def _same_bits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether both are the same after rounding, -0 and every nan told apart."""
+    if a.shape != b.shape:
+        return False
+    blocks = zip(a.reshape(-1).split(BLOCK), b.reshape(-1).split(BLOCK), strict=True)
+    return all(
+        torch.equal(x.to(dtype).view(torch.uint8), y.to(dtype).view(torch.uint8)) for x, y in blocks
     )
-    _round(model, rounding)
-    model.to(device()).eval()
-    decoder = model.model
-    stages = {
-        "embedding": decoder.embed_tokens,
-        **{f"layer {i}": layer for i, layer in enumerate(decoder.layers)},
-        "final norm": decoder.norm,
-    }
-    return [
-        _record(stages, partial(_transformers_logits, model, ids.to(device()))) for ids in samples
-    ]
 
 
-def _transformers_logits(model: Any, ids: Tensor) -> Tensor:
-    return model(ids, use_cache=False).logits
+def _compare(
+    a: Side,
+    b: Side,
+    batch: Batch,
+    dtypes: Dtypes,
+    inside: int | None = None,
+    forced: dict[str, Tensor] | None = None,
+) -> dict[str, float]:
+    """The difference of every stage that both sides have, in the order of computation."""
+    reference: dict[str, Tensor] = {}
+    found: dict[str, float] = {}
+
+    def compare(stage: str, value: Tensor) -> None:
+        if stage in reference and not stage.startswith(stages.MARGIN):
+            found[stage] = _relative(value, reference.pop(stage))
+
+    a.run(batch, dtypes, reference.__setitem__, inside, forced)
+    b.run(batch, dtypes, compare, inside, forced)
+    return found
 
 
-def _run_megatron(
-    folder: Path, spec: ModelSpec, samples: list[Tensor], rounding: torch.dtype
-) -> list[Stages]:
-    with single_process():
-        from megatron_deft.models.build import build_model, transformer_config
+def _compare_layer_by_layer(
+    a: Side, b: Side, batch: Batch, dtypes: Dtypes
+) -> tuple[dict[str, float], int, dict[str, Tensor]]:
+    """The difference of every stage, computed from equal inputs; how many choices of experts were
+    too close to call, over all layers; and the stages that were followed.
 
-        config = transformer_config(spec, perform_initialization=False)
-        model: Any = build_model(spec, config).eval()
-        load_model(model, folder / "state")
-        _round(model, rounding)
-        decoder = model.decoder
-        stages = {
-            "embedding": model.embedding,
-            **{f"layer {i}": layer for i, layer in enumerate(decoder.layers)},
-            "final norm": decoder.final_layernorm,
-        }
-        recorded = [
-            _record(stages, partial(_megatron_logits, model, ids.to(device()))) for ids in samples
-        ]
-    return [
-        {
-            # Hidden states are [s, b, h]; padding follows the vocabulary's own columns.
-            name: v[..., : spec.vocab_size] if name == "logits" else v.transpose(0, 1)
-            for name, v in found.items()
-        }
-        for found in recorded
-    ]
-
-
-def _megatron_logits(model: Any, ids: Tensor) -> Tensor:
-    positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    return model(ids, positions, None)
-
-
-def _round(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    for parameter in model.parameters():
-        parameter.data.copy_(parameter.data.to(dtype))
-
-
-def _record(stages: dict[str, torch.nn.Module], run: Callable[[], Tensor]) -> Stages:
-    """What each module puts out during `run`, in order, then its result as "logits"; on the CPU."""
-    found: Stages = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
-            found[name] = output.detach().float().cpu()
-
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in stages.items():
-            stack.callback(module.register_forward_hook(keep(name)).remove)
-        logits = run()
-    return found | {"logits": logits.detach().float().cpu()}
-
-
-@contextmanager
-def single_process() -> Iterator[None]:
-    """megatron-core for one process, everything as it was afterwards.
-
-    Starts torch.distributed (a world of one, whatever torchrun's variables say) and megatron's
-    parallel state, each only if it is not running, and stops what it started. Random generators
-    continue as if nothing had been drawn. Errors: UserError in a run of several processes.
+    Tokens of such a choice are left out of that layer's difference. The transformers side is
+    followed: it tells its routers' scores.
     """
-    with ExitStack() as stack:
-        stack.enter_context(_same_random_numbers())
-        stack.enter_context(cpu_platform())
-        from megatron.core import parallel_state
+    leader, follower = (a, b) if isinstance(a, HuggingFace) else (b, a)
+    reference: dict[str, Tensor] = {}
+    leader.run(batch, dtypes, reference.__setitem__)
+    clear = {
+        stage.removeprefix(stages.MARGIN): margin > CLOSE
+        for stage, margin in reference.items()
+        if stage.startswith(stages.MARGIN)
+    }
+    found: dict[str, float] = {}
 
-        if not dist.is_initialized():
-            dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
-            stack.callback(dist.destroy_process_group)
-        elif dist.get_world_size() > 1:
-            raise UserError(
-                f"verifying runs in one process, here are {dist.get_world_size()}: run "
-                "`megatron-deft convert` outside torchrun, or pass verify=False"
-            )
-        if not parallel_state.model_parallel_is_initialized():
-            initialize()
-            stack.callback(shutdown)
-        yield
+    def compare(stage: str, value: Tensor) -> None:
+        if stage in reference and not stage.startswith(stages.MARGIN):
+            found[stage] = _relative(value, reference[stage], clear.get(stage))
+
+    follower.run(batch, dtypes, compare, forced=reference)
+    return found, sum(int((~tokens).sum()) for tokens in clear.values()), reference
 
 
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])
+def _near(difference: float) -> bool:
+    """Whether it is a rounding error; nan is not."""
+    return difference <= TOLERANCE
+
+
+def _relative(value: Tensor, reference: Tensor, tokens: Tensor | None = None) -> float:
+    """max |value - reference| / max |reference|; nan if either holds one, or shapes differ.
+
+    tokens: [b, s] bool, those to compare; None: all
+    """
+    if value.shape != reference.shape:
+        return float("nan")
+    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    difference = (value - reference).abs()
+    difference = difference if tokens is None else difference[tokens]
+    return float(difference.max() / scale) if difference.numel() else float("nan")

@@ -1,5 +1,6 @@
 """Tiny transformers models of every shape that conversion must get right, with random weights."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def make(
     folder: Path, config: PretrainedConfig, dtype: torch.dtype = torch.float32, **save: Any
 ) -> Path:
     """Save a random model of `config` in `folder`."""
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(deepcopy(config))  # which saving writes into
     randomise(model)
     model.to(dtype).save_pretrained(folder, **save)
     return folder

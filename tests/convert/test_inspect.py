@@ -1,0 +1,171 @@
+"""What a folder is, told from its headers: every kind, whole and damaged."""
+
+import json
+import shutil
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from megatron_deft.cli import main
+from megatron_deft.config import load_config
+from megatron_deft.convert.hf import import_hf
+from megatron_deft.convert.inspect import describe, inspect
+from megatron_deft.errors import UserError
+from megatron_deft.training.run import run
+from tests.convert.tiny_models import CONFIGS, make
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = CONFIGS["llama_biases_odd_vocab"]
+    return make(tmp_path_factory.mktemp("hf") / "model", config, torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def weights(source: Path) -> Path:
+    return import_hf(source, source.parent / "weights", verify=False)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    root = tmp_path_factory.mktemp("trained")
+    (root / "empty.yaml").write_text("{}\n")
+    settings: dict[str, Any] = {
+        "run_dir": root / "run",
+        "objective": "dft",
+        "model.load": base / "megatron",
+        "data.train_files": f"[{base / 'train.jsonl'}]",
+        "data.show_sample": "false",
+        "train.global_batch": 4,
+        "train.steps": 2,
+        "monitor.tensorboard": "false",
+    }
+    with redirect_stdout(StringIO()):
+        run(load_config(root / "empty.yaml", [f"{k}={v}" for k, v in settings.items()]))
+    return root / "run"
+
+
+def test_a_hugging_face_folder(source: Path) -> None:
+    found = inspect(source)
+    assert (found.kind, found.problems, found.convertible) == ("Hugging Face", [], None)
+    stored = load_file(source / "model.safetensors")
+    assert {e.name: (e.shape, e.bytes) for e in found.tensors} == {
+        name: (tuple(tensor.shape), tensor.nbytes) for name, tensor in stored.items()
+    }
+    assert {e.dtype for e in found.tensors} == {"bfloat16"}
+    text = describe(found)
+    assert text.startswith(f"{source}: Hugging Face, whole\n")
+    lines = {" ".join(line.split()) for line in text.splitlines()}
+    count = sum(t.numel() for t in stored.values())
+    assert lines >= {
+        "family llama",
+        "layers 4",
+        "hidden size 32, MLP 48",
+        "heads 4 of 8, 2 of keys and values",
+        "vocabulary 1003",
+        f"parameters {count:,} ({2 * count:,} bytes; bfloat16)",
+    }
+    assert "theta 5000, llama3 scaling (factor 8, low_freq_factor 1" in text
+    assert "model.norm.weight" not in text
+    assert describe(found, tensors=True).splitlines()[-1].split() == [
+        "model.norm.weight", "bfloat16", "[32]",
+    ]  # fmt: skip
+
+
+def test_imported_weights(source: Path, weights: Path) -> None:
+    found = inspect(weights, checksums=True)
+    assert (found.kind, found.problems, found.optimizer) == ("imported weights", [], [])
+    assert found.origin == {"base": "model"}
+    hf = inspect(source)
+    assert found.architecture == hf.architecture
+    assert sum(e.bytes for e in found.tensors) == sum(e.bytes for e in hf.tensors)
+    assert describe(found).startswith(f"{weights}: imported weights, whole, every checksum right\n")
+
+
+def test_a_run(trained: Path) -> None:
+    found = inspect(trained)
+    step = trained / "checkpoints" / "step_00000002"
+    assert (found.path, found.kind, found.problems) == (str(step), "training checkpoint", [])
+    assert found.origin["step"] == 2
+    assert found.origin["objective"] == "dft"
+    assert found.origin["samples"] == 8
+    assert found.origin["layout"] == {"tensor": 1, "pipeline": 1, "data": 1}
+    assert found.origin["data"][0].endswith("train.jsonl")
+    assert found.optimizer
+    values = {e.name: e for e in found.tensors}
+    assert values["decoder.final_layernorm.weight"].shape == (32,)
+    text = describe(found)
+    assert "layout           tensor 1, pipeline 1, data 1" in text
+    assert "optimizer state  " in text
+    assert "optimizer state  none" not in text
+
+
+def test_damage(weights: Path, source: Path, tmp_path: Path) -> None:
+    flipped = tmp_path / "flipped"
+    shutil.copytree(weights, flipped)
+    (file,) = (flipped / "state").glob("*.distcp")
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+    assert inspect(flipped).problems == []
+    (problem,) = inspect(flipped, checksums=True).problems
+    assert problem.endswith("does not match its blake2b checksum")
+
+    for name in (".metadata", file.name):
+        cut = tmp_path / name.strip(".")
+        shutil.copytree(weights, cut)
+        path = cut / "state" / name
+        path.write_bytes(path.read_bytes()[:-5])
+        found = inspect(cut)
+        assert len(found.problems) == 1
+        assert f"{cut}: imported weights, DAMAGED" in describe(found, tensors=True)
+        assert bool(found.tensors) == (name != ".metadata")
+
+    hf = tmp_path / "hf"
+    shutil.copytree(source, hf)
+    (hf / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:-5])
+    found = inspect(hf)
+    assert "model.safetensors" in found.problems[0]
+    assert found.architecture["num_layers"] == 4
+
+
+def test_a_family_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps({**config, "model_type": "other"}))
+    found = inspect(tmp_path / "hf")
+    assert found.problems == []
+    assert "'other' is not one of" in (found.convertible or "")
+    assert found.architecture["num_query_groups"] == 2
+    assert "not convertible" in describe(found)
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds neither"):
+        inspect(tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        inspect(tmp_path / "none")
+
+
+def test_the_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "inspect", str(weights)]) == 0
+    assert "imported weights, whole\n" in capsys.readouterr().out
+    assert main(["convert", "inspect", str(weights), "--json", "--tensors"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["kind"] == "imported weights"
+    assert data["parameters"]["dtypes"].keys() == {"bfloat16"}
+    assert data["optimizer"] is None
+    assert {"name": "decoder.final_layernorm.weight", "shape": [32], "dtype": "bfloat16",
+            "bytes": 64} in data["tensors"]  # fmt: skip
+    assert main(["convert", "inspect", str(weights), "--json"]) == 0
+    assert "tensors" not in json.loads(capsys.readouterr().out)
+    shutil.copytree(weights, tmp_path / "cut")
+    (tmp_path / "cut" / "hf" / "config.json").unlink()
+    assert main(["convert", "inspect", str(tmp_path / "cut")]) == 1
+    assert "hf/config.json is missing" in capsys.readouterr().out
