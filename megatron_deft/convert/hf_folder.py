@@ -41,6 +41,30 @@ COMPANIONS = (
 )
 
 
+def find(name: str | Path) -> Path:
+    """The Hugging Face folder that `name` means: a path, or a model in the local Hub cache.
+
+    Nothing is downloaded. Errors: UserError that says how to.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        try:
+            return Path(snapshot_download(str(name), local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise UserError(
+                f"{name} is neither a folder nor a model in the local cache: download it first "
+                f"(hf download {name})"
+            ) from None
+    raise UserError(
+        f"{name} is not a folder: download the model first (hf download NAME --local-dir DIR)"
+    )
+
+
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from `path`. Errors: UserError naming `what` is missing or unreadable."""
     try:

@@ -15,7 +15,7 @@ import torch
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert.hf_folder import Weights, read_json
-from megatron_deft.convert.ours import OPTIMIZER_PREFIXES
+from megatron_deft.convert.sources import OPTIMIZER_PREFIXES
 from megatron_deft.convert.state import StateReader
 from megatron_deft.errors import UserError
 from megatron_deft.models.families import spec_from_hf

@@ -19,16 +19,12 @@ from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import mapping, stages
-from megatron_deft.convert.hf_folder import some
-from megatron_deft.convert.mapping import LAYERS, Parameter, Slot
+from megatron_deft.convert.mapping import LAYERS, Parameter
+from megatron_deft.convert.sources import StateSource
 from megatron_deft.convert.stages import Batch, Dtypes, Facts, Read, Sink, Unit
-from megatron_deft.convert.state import StateReader
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import backend, cpu_platform, device, initialize, shutdown
 
-# Tensors of a training checkpoint that belong to the optimizer and not to the model.
-OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
 OUTPUT, WORDS = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
@@ -41,52 +37,15 @@ class Megatron:
     def __init__(self, folder: Path) -> None:
         self.path = folders.resolve(folder)
         self.tokenizer = self.path / "hf"
-        self.spec = spec = ModelSpec.from_json(folders.read_manifest(self.path)["spec"])
+        self.source = StateSource(self.path)
+        self.spec = spec = self.source.spec
         self.facts = Facts(
             spec.num_layers, spec.hidden_size, spec.vocab_size, spec.max_position_embeddings
         )
-        self._reader = StateReader(self.path / "state")
-        self._parameters = {p.megatron: p for p in mapping.parameters(spec)}
-        self._slots = {name: self._slot(p) for name, p in self._parameters.items()}
-        self._refuse_leftovers()
-        self._owners = {name: p for p in self._parameters.values() for name in p.hf}
-        self.tensors = {name: self._dtype(p) for name, p in self._owners.items()}
+        self.parameters = {p.megatron: p for p in self.source.parameters}
+        self._owners = {name: p for p in self.source.parameters for name in p.hf}
+        self.tensors = {name: self.source.dtypes(p)[0] for name, p in self._owners.items()}
         self._last: tuple[Parameter | None, Mapping[str, Tensor]] = (None, {})
-
-    def _slot(self, parameter: Parameter) -> Slot:
-        for slot in mapping.slots(parameter, self.spec):
-            if slot.key in self._reader.tensors:
-                size = tuple(self._reader.tensors[slot.key].size)
-                rows = size[0] >= slot.size[0] if parameter.padded else size[0] == slot.size[0]
-                if rows and size[1:] == slot.size[1:]:
-                    return slot
-                raise UserError(
-                    f"{self.path}: {slot.key} has shape {list(size)}, the model's spec says "
-                    f"{list(slot.size)}: {folders.MANIFEST} and state are of different models"
-                )
-        raise UserError(
-            f"{self.path} holds no {parameter.megatron}: {folders.MANIFEST} and state are of "
-            "different models"
-        )
-
-    def _refuse_leftovers(self) -> None:
-        left = {k for k in self._reader.tensors if not k.startswith(OPTIMIZER_PREFIXES)}
-        left -= {slot.key for slot in self._slots.values()}
-        if left:
-            raise UserError(
-                f"{self.path} holds {some(sorted(left))}, which the model of its "
-                f"{folders.MANIFEST} has not: the two are of different models"
-            )
-
-    def _dtype(self, parameter: Parameter) -> torch.dtype:
-        dtype: torch.dtype = self._reader.tensors[
-            self._slots[parameter.megatron].key
-        ].properties.dtype
-        return dtype
-
-    def _read(self, parameter: Parameter) -> Tensor:
-        shape = mapping.megatron_shape(parameter, self.spec)
-        return self._reader.read(self._slots[parameter.megatron]).reshape(shape)
 
     def load(self, name: str) -> Tensor:
         """One tensor under its Hugging Face name, as stored. Its neighbours in the same Megatron
@@ -94,7 +53,8 @@ class Megatron:
         owner = self._owners[name]
         if self._last[0] is not owner:
             self._last = (None, {})  # before the next one is read
-            self._last = (owner, mapping.split(owner, self._read(owner), self.spec))
+            whole = self.source.read(owner, self.tensors[name])
+            self._last = (owner, mapping.split(owner, whole, self.spec))
         return self._last[1][name]
 
     def run(
@@ -150,16 +110,16 @@ class _Loader:
         owned = [(module, [n for n in names if n.startswith(start)]) for module, start in places]
         owned.append((model.output_layer, [OUTPUT if OUTPUT in names else WORDS]))
         known = {name for _, own in owned for name in own}
-        assert known == set(names) == set(self._side._parameters), (
+        assert known == set(names) == set(self._side.parameters), (
             known ^ set(names),
-            known ^ set(self._side._parameters),
+            known ^ set(self._side.parameters),
         )
         return [Unit(m, partial(self._fill, own), partial(self._drop, own)) for m, own in owned]
 
     def _fill(self, names: list[str]) -> None:
         for name in names:
-            parameter = self._side._parameters[name]
-            tensor = self._side._read(parameter).to(self._dtype(parameter))
+            parameter = self._side.parameters[name]
+            tensor = self._side.source.read(parameter, self._dtype(parameter))
             target = self._targets[name]
             if tensor.shape != self._shapes[name]:
                 assert parameter.padded, (name, tensor.shape, self._shapes[name])

@@ -27,9 +27,10 @@ def nothing_follows(path: Path, end: int) -> None:
     """A `Reached` for files that nobody follows."""
 
 
-def progress_bar(what: str, total: int) -> "tqdm[None]":
+def progress_bar(what: str, total: int, shown: bool = True) -> "tqdm[None]":
     """A bar of `total` bytes on a terminal; nothing elsewhere."""
-    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=None, leave=False)
+    disable = None if shown else True
+    return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=disable, leave=False)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
+from megatron_deft.convert.direct import load_hf
+from megatron_deft.convert.sources import HFSource
 from megatron_deft.convert.state import load_model
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import initialize, shutdown
@@ -105,6 +107,11 @@ def run_layouts(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     return results
 
 
+def _forget(parameters: Sequence[Tensor]) -> None:
+    for parameter in parameters:
+        parameter.fill_(float("nan"))
+
+
 @torch.no_grad()
 def run_layout(root: Path, layout: Layout, is_saved: bool) -> dict[str, Any]:
     from megatron.core import parallel_state as ps
@@ -118,9 +125,11 @@ def run_layout(root: Path, layout: Layout, is_saved: bool) -> dict[str, Any]:
     config = transformer_config(spec, **sizes, sequence=layout.expert > 1)
     stages = range(layout.virtual) if layout.virtual else (None,)
     chunks = [build_model(spec, config, vocab_pad_multiple=pad, vp_stage=s).eval() for s in stages]
-    for chunk in chunks:
-        for parameter in chunk.parameters():
-            parameter.fill_(float("nan"))
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    _forget(parameters)
+    load_hf(chunks, HFSource(root / "hf"))
+    direct = [parameter.clone() for parameter in parameters]
+    _forget(parameters)
     load_model(chunks, root / "weights" / "state")
     vocab: Sequence[Tensor] = [
         p
@@ -134,6 +143,7 @@ def run_layout(root: Path, layout: Layout, is_saved: bool) -> dict[str, Any]:
     if is_saved:
         save(chunks, root / "run" / "checkpoints" / folders.step_name(1), manifest)
     return {
+        "direct_is_imported": all(map(torch.equal, direct, parameters)),
         "data": ps.get_data_parallel_rank(),
         "tensor": ps.get_tensor_model_parallel_rank(),
         "shard": shard,

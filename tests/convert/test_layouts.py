@@ -50,6 +50,7 @@ def test_logits_at_every_layout(
         assert whole.shape[-1] == padded
         difference = (whole[..., : reference.shape[-1]] - reference).abs().max()
         assert difference <= 1e-5 * reference.abs().max()
+    assert all(r["direct_is_imported"] for r in found), "load_hf"
     assert all(r["padding_is_zero"] for r in found)
     assert (padded > reference.shape[-1]) == any(r["padded_rows"] for r in found)
 
