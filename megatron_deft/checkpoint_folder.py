@@ -14,8 +14,9 @@ import hashlib
 import json
 import queue
 import re
+import shutil
 import threading
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -214,6 +215,20 @@ def verify(
 def step_name(step: int) -> str:
     """Name of the checkpoint folder of one optimizer step, such as step_00000020."""
     return f"step_{step:08d}"
+
+
+def drop_oldest(
+    root: str | Path, newest: Path, keep: int | None, spare: Collection[Path] = ()
+) -> None:
+    """Remove step folders below `root` but the newest `keep` (None: all) up to `newest`.
+
+    Later ones are not looked at. Those of `spare` stay, and are removed by a later call.
+    """
+    if keep is not None:
+        steps = sorted(p for p in Path(root).glob("step_*") if _STEP_NAME.fullmatch(p.name))
+        for path in [p for p in steps if p.name <= newest.name][:-keep]:
+            if path not in spare:
+                shutil.rmtree(path)
 
 
 def candidates(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:

@@ -79,7 +79,8 @@ def _tiny(args: Arguments) -> int:
 
 def _train(args: Arguments) -> int:
     from megatron_deft.config import config_help, dump_yaml, load_config
-    from megatron_deft.training.run import read_base, run
+    from megatron_deft.training.base import read_base
+    from megatron_deft.training.run import run
 
     if args.help_config:
         print(config_help())
@@ -93,7 +94,7 @@ def _train(args: Arguments) -> int:
     overrides = [*args.overrides, *(["train.resume=must"] if args.resume else [])]
     world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
     config = load_config(args.config, overrides)
-    config.validate(world_size, read_base(config.model.load)[1])
+    config.validate(world_size, read_base(config.model).spec)
     if args.dry_run:
         ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
         print(dump_yaml(config), end="")

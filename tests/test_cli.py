@@ -232,12 +232,12 @@ def test_train_without_a_file_or_with_strange_arguments(run_yaml, capsys):
     assert ended.value.code == 2
 
 
-def test_a_hugging_face_folder_is_told_to_be_converted(run_yaml, capsys, tmp_path):
+def test_a_hugging_face_folder_as_weights_is_told_where_it_belongs(run_yaml, capsys, tmp_path):
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "config.json").write_text("{}")
-    for key in ("model.load", "model.partial_pretrain"):
-        line = failure(capsys, "train", run_yaml, f"{key}={tmp_path / 'hf'}")
-        assert "is a Hugging Face folder: run `megatron-deft convert import" in line
+    line = failure(capsys, "train", run_yaml, f"model.load={tmp_path / 'hf'}")
+    assert f"is a Hugging Face folder: set model.hf={tmp_path / 'hf'}, or run" in line
+    assert "megatron-deft convert import" in line
 
 
 def test_one_process_trains_here(run_yaml, monkeypatch):

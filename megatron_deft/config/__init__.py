@@ -6,6 +6,7 @@
 
 from megatron_deft.config.load import config_help, dump_yaml, load_config, to_dict
 from megatron_deft.config.schema import (
+    CheckpointConfig,
     DataConfig,
     ModelConfig,
     MonitorConfig,
@@ -16,6 +17,7 @@ from megatron_deft.config.schema import (
 )
 
 __all__ = [
+    "CheckpointConfig",
     "DataConfig",
     "ModelConfig",
     "MonitorConfig",

@@ -13,7 +13,7 @@ from typing import Any, cast, get_type_hints
 import yaml
 
 from megatron_deft.config.aliases import released_help, released_names, translate
-from megatron_deft.config.schema import RunConfig, Section, is_required
+from megatron_deft.config.schema import ONE_OF, RunConfig, Section, is_required
 from megatron_deft.config.source import Dumper, Setting, read_overrides, read_yaml
 from megatron_deft.config.values import checked, type_words
 from megatron_deft.errors import UserError
@@ -50,6 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         for name, _, declaration, _ in _keys()
         if is_required(declaration) and name not in values
     ]
+    missing += [" or ".join(names) for names in ONE_OF if not any(map(values.get, names))]
     if missing:
         raise UserError(
             f"{path}: required keys are missing: {', '.join(missing)}; "

@@ -66,10 +66,17 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig(Section):
-    """The weights training starts from, and the precision it runs in."""
+    """The weights training starts from (load or hf), and the precision it runs in."""
 
     path: ClassVar[str] = "model."
-    load: str = key("folder written by `megatron-deft convert import`", legal=NOT_EMPTY)
+    load: str | None = key(
+        "folder written by `megatron-deft convert import` or by training", None, NOT_EMPTY
+    )
+    hf: str | None = key(
+        "Hugging Face folder, or a model in the local cache by its name; takes the place of load. "
+        "It is loaded as `convert import` would have converted it, without the proof",
+        None, NOT_EMPTY,
+    )  # fmt: skip
     dtype: Literal["fp32", "bf16"] = key(
         "precision of weights and activations; gradients and optimizer state are fp32 in both",
         "bf16",
@@ -80,6 +87,13 @@ class ModelConfig(Section):
         "activations kept for the backward pass: all, or each layer's input alone (less memory, "
         "about a third more compute)", "none"
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """One of load and hf."""
+        super().__post_init__()
+        if (self.load is None) == (self.hf is None):
+            given = "neither is set" if self.load is None else f"{self.load} and {self.hf}"
+            raise UserError(f"model.load and model.hf: {given}; set one of them, the other is null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,6 +210,19 @@ class TrainConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """What becomes of checkpoints; when they are written is under train."""
+
+    path: ClassVar[str] = "checkpoint."
+    export_hf: Literal["never", "last", "every_save"] = key(
+        "write the last or every checkpoint as a Hugging Face folder too, run_dir/hf/step_N, "
+        "proven equal, in a process of its own on a CPU while training goes on; "
+        "train.keep_checkpoints counts for them as well",
+        "never",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class MonitorConfig(Section):
     """Where metrics go beside run_dir/metrics.jsonl, which is always written."""
 
@@ -222,6 +249,7 @@ class RunConfig(Section):
     data: DataConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def data_parallel(self, world_size: int) -> int:
@@ -254,6 +282,15 @@ class RunConfig(Section):
         if optim.warmup_steps and train.steps and optim.warmup_steps > train.steps:
             raise UserError(
                 f"optim.warmup_steps={optim.warmup_steps}: must be <= train.steps={train.steps}"
+            )
+        export = self.checkpoint.export_hf
+        if export == "last" and not train.save_at_end:
+            raise UserError(
+                "checkpoint.export_hf=last needs the last checkpoint: set train.save_at_end=true"
+            )
+        if export == "every_save" and not (train.save_every or train.save_at_end):
+            raise UserError(
+                "checkpoint.export_hf=every_save, but nothing is saved: set train.save_every"
             )
         if train.val_every is not None and not self.data.val_files:
             raise UserError(
@@ -306,6 +343,10 @@ class RunConfig(Section):
                 f"data.max_length={self.data.max_length}: must be <= the model's "
                 f"max_position_embeddings={spec.max_position_embeddings}"
             )
+
+
+# Keys of which one has to be given; which one the section itself checks.
+ONE_OF = (("model.load", "model.hf"),)
 
 
 def is_required(declaration: Any) -> bool:

@@ -7,7 +7,7 @@ state: it is a pure function of the step.
 
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
+from megatron_deft.convert import hf_folder
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.models.families import ModelSpec
@@ -86,13 +87,15 @@ def save(
     hf: Path,
     fields: Mapping[str, Any],
     keep: int | None,
+    spare: Collection[Path] = (),
 ) -> Path:
     """Write the checkpoint of `position`; every rank calls it, all see the same file system.
 
     model:   this rank's GPTModel, unwrapped
-    hf:      folder with the Hugging Face side files to carry along
+    hf:      folder with the Hugging Face files beside the weights to carry along
     fields:  further entries of the manifest (spec, objective, base, config)
     keep:    how many checkpoints to keep, None for all
+    spare:   checkpoints to keep beside them
     returns: the checkpoint's folder
     """
     root = run_dir / "checkpoints"
@@ -101,7 +104,7 @@ def save(
     if dist.get_rank() == 0:
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "state").mkdir(parents=True)
-        shutil.copytree(hf, temporary / "hf")
+        hf_folder.copy_companions(hf, temporary / "hf")
     dist.barrier()
     state = _sharded_state(model, optimizer, is_loading=False) | {"rng": _rng_object(_rng_state())}
     dist_checkpointing.save(state, str(temporary / "state"))
@@ -121,7 +124,7 @@ def save(
         )
         publish_folder(temporary, final)
         checkpoint_folder.write_latest(root, final.name)
-        _drop_oldest(root, final, keep)
+        checkpoint_folder.drop_oldest(root, final, keep, spare)
     dist.barrier()
     return final
 
@@ -130,15 +133,6 @@ def _from_rank_0(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _drop_oldest(root: Path, newest: Path, keep: int | None) -> None:
-    """Keep `keep` checkpoints up to the one just written."""
-    if keep is not None:
-        for path in sorted(
-            p for p in root.glob("step_*") if p.name <= newest.name and "." not in p.name
-        )[:-keep]:
-            shutil.rmtree(path)
 
 
 def _sharded_state(
@@ -232,8 +226,8 @@ def load(
     saved = manifest["config"]["parallel"]["distributed_optimizer"]
     if ModelSpec.from_json(manifest["spec"]) != spec:
         raise UserError(
-            f"model.load={cfg.model.load} is another architecture than {folder} was trained with: "
-            "name the weights that run started from"
+            f"model {cfg.model.load or cfg.model.hf} is another architecture than {folder} was "
+            "trained with: name the one that run started from"
         )
     if saved != cfg.parallel.distributed_optimizer:
         raise UserError(

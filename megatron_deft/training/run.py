@@ -2,29 +2,9 @@
 
 import os
 import warnings
-from pathlib import Path
 
-from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
-from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
-
-
-def read_base(load: str) -> tuple[Path, ModelSpec]:
-    """The checkpoint folder that model.load means, and its architecture.
-
-    Errors: UserError, also for the name of a model on a hub and for a Hugging Face folder.
-    """
-    path = Path(load)
-    converted = (path / checkpoint_folder.MANIFEST).exists()
-    if not path.exists() or (not converted and (path / "config.json").exists()):
-        what = "is a Hugging Face folder" if path.exists() else "does not exist"
-        raise UserError(
-            f"model.load={load} {what}: run `megatron-deft convert import HF_FOLDER WEIGHTS` "
-            "and set model.load=WEIGHTS"
-        )
-    folder = checkpoint_folder.resolve(path)
-    return folder, ModelSpec.from_json(checkpoint_folder.read_manifest(folder)["spec"])
+from megatron_deft.training.base import read_base
 
 
 def run(cfg: RunConfig) -> dict[str, float]:
@@ -35,8 +15,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
     """
     from megatron_deft import platform
 
-    folder, spec = read_base(cfg.model.load)
-    cfg.validate(int(os.environ.get("WORLD_SIZE", 1)), spec)
+    base = read_base(cfg.model)
+    cfg.validate(int(os.environ.get("WORLD_SIZE", 1)), base.spec)
     # Between torch and megatron-core 0.16; who trains can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
@@ -46,6 +26,9 @@ def run(cfg: RunConfig) -> dict[str, float]:
     try:
         from megatron_deft.training.trainer import Trainer  # imports megatron-core: now is safe
 
-        return Trainer(cfg, folder, spec).run()
+        trainer = Trainer(cfg, base)
+        metrics = trainer.run()
     finally:
         platform.shutdown()
+    trainer.exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank
+    return metrics

@@ -14,9 +14,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig, dump_yaml, to_dict
-from megatron_deft.convert.state import load_model
 from megatron_deft.data.chat import render_sample
 from megatron_deft.data.dataset import Batch, Dataset, collate, load_dataset
 from megatron_deft.data.sampler import Indices, Stream, full_pass, padded_length, rank_share
@@ -29,12 +27,18 @@ from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import device
 from megatron_deft.training import checkpointing
+from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
+from megatron_deft.training.exports import Exports
 from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters, wrap_model
 from megatron_deft.training.schedule import learning_rate, warmup_length
 from megatron_deft.training.statistics import means, reduce_sums, token_sums
 
+# What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
+FREE_KEYS = (
+    "run_dir", "parallel", "monitor", "model.load", "model.hf", "checkpoint", "data.show_sample"
+)  # fmt: skip
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: what GPUs' matrix units want
 
 
@@ -55,15 +59,15 @@ class Data:
 
 
 def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
-    """The tokenizer carried in a checkpoint folder. Errors: UserError when model and it differ."""
+    """The tokenizer among a model's files. Errors: UserError when the model is too small for it."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder / "hf", local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder}/hf: no tokenizer that transformers can read ({reason}): put the model's "
+            f"{folder}: no tokenizer that transformers can read ({reason}): put the model's "
             "tokenizer files into the Hugging Face folder and import it again"
         ) from None
     if len(tokenizer) > spec.vocab_size:
@@ -106,16 +110,17 @@ def show_sample(data: Data, tokenizer: Any) -> None:
 class Trainer:
     """The model, optimizer and data of one rank, and the loop over steps."""
 
-    def __init__(self, cfg: RunConfig, folder: Path, spec: ModelSpec) -> None:
-        """Build everything; `folder` is the resolved model.load and `spec` its architecture."""
-        self.cfg, self.spec = cfg, spec
+    def __init__(self, cfg: RunConfig, base: Base) -> None:
+        """Build everything; `base` is what cfg.model names."""
+        self.cfg, self.spec = cfg, base.spec
+        spec = base.spec
         self._has_warned = False
         self.run_dir = Path(cfg.run_dir)
         resume, warnings = checkpointing.find(self.run_dir, cfg.train.resume)
         for warning in warnings:
             say(f"warning: {warning}")
-        self.source = folder if resume is None else resume
-        tokenizer = load_tokenizer(self.source, spec)
+        self.files = base.files if resume is None else resume / "hf"
+        tokenizer = load_tokenizer(self.files, spec)
         self.data = load_data(cfg, tokenizer)
         if cfg.data.show_sample:
             show_sample(self.data, tokenizer)
@@ -136,8 +141,7 @@ class Trainer:
         )
         self.model = build_model(spec, tcfg, vocab_pad_multiple=cfg.parallel.vocab_pad_multiple)
         if resume is None:
-            checkpointing.check(folder, "model.load")
-            load_model(self.model, folder / "state")
+            base.load([self.model])
         self.ddp = wrap_model(cfg, self.model)
         self.attachment = attach(
             self.ddp,
@@ -151,7 +155,8 @@ class Trainer:
         if cfg.parallel.overlap_grad_reduce:
             tcfg.no_sync_func = self.ddp.no_sync
         self.position = Position()
-        self.base = checkpoint_folder.read_manifest(folder).get("base")
+        self.base = base.name
+        self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
         if resume is not None:
             self._resume(resume)
 
@@ -175,6 +180,8 @@ class Trainer:
         cfg, total = self.cfg, self.data.total_steps
         if self.position.step >= total:
             say(f"step {self.position.step} of {total} is done: nothing is left to train")
+            if dist.get_rank() == 0:
+                self.exports.ended(self.files.parent)
             return {}
         if dist.get_rank() == 0:
             for note in checkpointing.clear_the_way(self.run_dir, self.position):
@@ -198,6 +205,7 @@ class Trainer:
                     metrics |= self.validate(self.data.val)
                 if log is not None:
                     log.log(step, metrics)
+                    self.exports.poll()
                 if step % cfg.train.log_every == 0 or step == total:
                     pace = (time.perf_counter() - begin) / (step - first)
                     say(progress_line(metrics, step, total, pace))
@@ -294,7 +302,7 @@ class Trainer:
             self.model,
             self.optimizer,
             self.position,
-            self.source / "hf",
+            self.files,
             {
                 "spec": self.spec.to_json(),
                 "objective": self.attachment.objective.spec,
@@ -303,9 +311,12 @@ class Trainer:
                 "config": to_dict(self.cfg),
             },
             self.cfg.train.keep_checkpoints,
+            self.exports.needed(),
         )
-        self.source = folder
+        self.files = folder / "hf"
         say(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
+        if dist.get_rank() == 0:
+            self.exports.saved(folder, self.position.step == self.data.total_steps)
         return folder
 
 
@@ -323,9 +334,7 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
     notes = []
     for key, value in now.items():
         name, old = prefix + key, before.get(key)
-        if name in ("run_dir", "parallel", "monitor", "model.load", "data.show_sample") or (
-            name.startswith("train.") and name != "train.global_batch"
-        ):
+        if name in FREE_KEYS or (name.startswith("train.") and name != "train.global_batch"):
             continue
         if isinstance(value, Mapping):
             notes += _changes(old or {}, value, f"{name}.")

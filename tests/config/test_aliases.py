@@ -59,7 +59,7 @@ def test_the_released_deft_command_line_means_the_same_here(write):
         seed=1,
         objective="GeneralFamily-8",
         run_dir="./checkpoints/math/x",
-        model=ModelConfig(load="Qwen/Qwen2.5-Math-1.5B", dtype="bf16"),
+        model=ModelConfig(hf="Qwen/Qwen2.5-Math-1.5B", dtype="bf16"),
         data=DataConfig(
             train_files=("./data/math/train.parquet",), val_files=("./data/math/val.parquet",),
             max_length=3072, use_original_prompt=True,
@@ -127,7 +127,7 @@ def test_a_verl_file_is_read(write):
     assert config.data.format == "messages"
     assert config.data.messages_key == "turns"
     assert config.data.prompt_dict_keys == ()
-    assert config.model == ModelConfig(load="/m", dtype="fp32", recompute="full")
+    assert config.model == ModelConfig(hf="/m", dtype="fp32", recompute="full")
     assert config.optim == OptimConfig(lr=1e-5, warmup_ratio=0.2, schedule="wsd")
     assert config.train == TrainConfig(
         global_batch=64, micro_batch=8, epochs=4.0, keep_checkpoints=3, resume="no"

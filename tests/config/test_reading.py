@@ -195,7 +195,7 @@ def test_wrong_overrides_are_refused(minimal, override, expected):
 
 
 def test_missing_keys_and_files(write, tmp_path):
-    assert "run_dir, model.load, data.train_files" in refusal(write("seed: 1"))
+    assert "run_dir, data.train_files, model.load or model.hf" in refusal(write("seed: 1"))
     assert "no configuration file" in refusal(tmp_path / "absent.yaml")
     assert "is a folder" in refusal(tmp_path)
     assert "is empty" in refusal(write("# nothing\n"))

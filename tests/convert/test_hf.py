@@ -249,7 +249,10 @@ def test_files_missing_or_damaged_are_named(tmp_path: Path) -> None:
     (source / "config.json").unlink()
     with pytest.raises(UserError, match=r"config.json is missing"):
         import_hf(source, tmp_path / "weights")
-    with pytest.raises(UserError, match=r"not a folder: download the model first"):
+    with pytest.raises(
+        UserError,
+        match=r"neither a folder nor a model in the local cache: .*hf download owner/model",
+    ):
         import_hf("owner/model", tmp_path / "weights")
     assert names(tmp_path) == {"hf"}
 

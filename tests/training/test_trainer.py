@@ -269,13 +269,13 @@ def test_reductions(base: Path, tmp_path: Path, world: int) -> None:
 
 def decay_alone(rank: int, world: int, cfg: RunConfig) -> dict[str, float]:
     """How much each kind of parameter shrinks in a step whose gradients are 0."""
-    from megatron_deft.training import run as module
+    from megatron_deft.training.base import read_base
     from megatron_deft.training.trainer import Trainer
 
     os.environ["WORLD_SIZE"] = "1"
-    folder, spec = module.read_base(cfg.model.load)
+    base = read_base(cfg.model)
     platform.initialize()
-    trainer = Trainer(cfg, folder, spec)
+    trainer = Trainer(cfg, base)
     named = dict(trainer.model.named_parameters())
     before = {name: p.detach().clone() for name, p in named.items()}
     trainer.step()
