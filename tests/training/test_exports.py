@@ -1,4 +1,4 @@
-"""checkpoint.export_hf: what a run leaves in run_dir/hf, and what becomes of an export that fails."""
+"""checkpoint.export_hf: what a run leaves in run_dir/hf, and what becomes of a failed export."""
 
 import shutil
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_a_finished_run_that_was_not_exported_is(base: Path, tmp_path: Path) -> 
 
 
 def test_exports_are_kept_as_checkpoints_are(base: Path, tmp_path: Path) -> None:
-    """None is removed before it was exported, though three are saved faster than one is exported."""
+    """None is removed before it was exported, though saving is faster than exporting."""
     cfg = run_with(base, tmp_path / "run", "every_save", **{"train.keep_checkpoints": 1})
     run_ranks(1, train_all, [cfg])
     log = (tmp_path / "run" / "hf" / "export.log").read_text()
