@@ -42,6 +42,18 @@ class ModelShape(Protocol):
         """Key-value heads."""
 
     @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Layers that have experts in place of the feed-forward block."""
+
+    @property
+    def experts(self) -> int:
+        """Experts of each such layer."""
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Channels inside one expert."""
+
+    @property
     def max_position_embeddings(self) -> int:
         """Positions the model was made for."""
 
@@ -91,6 +103,11 @@ class ParallelConfig(Section):
         "processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1
     )
     pipeline: int = key("processes that share the layers, in consecutive blocks", 1, AT_LEAST_1)
+    virtual_pipeline: int | None = key(
+        "blocks of layers that each of those processes holds, run in turns (interleaved schedule); "
+        "null or 1: one", None, AT_LEAST_1
+    )  # fmt: skip
+    expert: int = key("data-parallel processes that share the experts of each layer", 1, AT_LEAST_1)
     context: int = key("processes that share a sequence; only 1 for now", 1, AT_LEAST_1)
     sequence: bool = key("shard norms and dropout over the sequence among the tensor ranks", False)
     distributed_optimizer: bool = key("shard optimizer state among the data-parallel ranks", True)
@@ -98,6 +115,11 @@ class ParallelConfig(Section):
     vocab_pad_multiple: int = key(
         "the vocabulary is padded to a multiple of this times parallel.tensor", 128, AT_LEAST_1
     )
+
+    @property
+    def chunks(self) -> int:
+        """Blocks of layers that one process holds."""
+        return self.virtual_pipeline or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,6 +266,8 @@ class RunConfig(Section):
         parse(self.objective)
         self._validate_training()
         self._validate_layout(world_size)
+        self._validate_interleaving(world_size)
+        self._validate_experts(world_size, spec)
         if spec is not None:
             self._validate_model(spec)
 
@@ -287,25 +311,75 @@ class RunConfig(Section):
                 f"{train.micro_batch * ranks}"
             )
 
+    def _validate_interleaving(self, world_size: int) -> None:
+        parallel, train = self.parallel, self.train
+        name = f"parallel.virtual_pipeline={parallel.virtual_pipeline}"
+        if parallel.chunks == 1:
+            return
+        if parallel.pipeline == 1:
+            raise UserError(
+                f"{name} with parallel.pipeline=1: it divides the layers of pipeline processes; "
+                "set it to null, or parallel.pipeline to 2 or more"
+            )
+        # megatron-core's interleaved schedule; validation passes have as many micro-batches.
+        if self.micro_batches(world_size) % parallel.pipeline:
+            group = train.micro_batch * self.data_parallel(world_size) * parallel.pipeline
+            raise UserError(
+                f"{name}: the {self.micro_batches(world_size)} micro-batches of a step must be a "
+                f"multiple of parallel.pipeline={parallel.pipeline}; make train.global_batch a "
+                f"multiple of {group}, or set parallel.virtual_pipeline=null"
+            )
+
+    def _validate_experts(self, world_size: int, spec: ModelShape | None) -> None:
+        parallel, ranks = self.parallel, self.data_parallel(world_size)
+        if ranks % parallel.expert:
+            raise UserError(
+                f"parallel.expert={parallel.expert}: must divide the {ranks} data-parallel ranks "
+                f"({world_size} processes / parallel.tensor={parallel.tensor} / "
+                f"parallel.pipeline={parallel.pipeline}): {_divisors(ranks)}"
+            )
+        if spec is not None and not spec.expert_layers and parallel.expert > 1:
+            raise UserError(
+                f"parallel.expert={parallel.expert}: the model has no experts to share; set it to 1"
+            )
+        has_experts = bool(spec.expert_layers) if spec is not None else parallel.expert > 1
+        if has_experts and parallel.tensor > 1 and not parallel.sequence:
+            raise UserError(
+                f"parallel.sequence=false with parallel.tensor={parallel.tensor}: megatron-core "
+                "trains experts on tensor ranks only with true; set it to true, or "
+                "parallel.tensor to 1"
+            )
+
     def _validate_model(self, spec: ModelShape) -> None:
-        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
-        for name, size, what in (
+        parallel = self.parallel
+        rules = [
             ("tensor", spec.num_attention_heads, "attention heads"),
             ("tensor", spec.num_query_groups, "key-value heads (query groups)"),
             ("tensor", spec.ffn_hidden_size, "feed-forward channels"),
             ("pipeline", spec.num_layers, "layers"),
-        ):
-            parts = {"tensor": tensor, "pipeline": pipeline}[name]
+        ]
+        if parallel.chunks > 1:
+            stage = spec.num_layers // parallel.pipeline
+            rules.append(("virtual_pipeline", stage, "layers of a pipeline stage"))
+        if spec.expert_layers:
+            rules.append(("tensor", spec.expert_ffn_hidden_size, "channels of an expert"))
+            rules.append(("expert", spec.experts, "experts"))
+        for name, size, what in rules:
+            parts = getattr(parallel, name)
             if size % parts:
-                legal = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
                 raise UserError(
-                    f"parallel.{name}={parts}: must divide the model's {size} {what}: {legal}"
+                    f"parallel.{name}={parts}: must divide the model's {size} {what}: "
+                    f"{_divisors(size)}"
                 )
         if self.data.max_length > spec.max_position_embeddings:
             raise UserError(
                 f"data.max_length={self.data.max_length}: must be <= the model's "
                 f"max_position_embeddings={spec.max_position_embeddings}"
             )
+
+
+def _divisors(size: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
 
 
 def is_required(declaration: Any) -> bool:

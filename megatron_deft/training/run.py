@@ -42,7 +42,14 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     parallel = cfg.parallel
-    platform.initialize(parallel.tensor, parallel.pipeline, parallel.context, cfg.seed)
+    platform.initialize(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        cfg.seed,
+        expert=parallel.expert,
+        virtual=parallel.chunks if parallel.chunks > 1 else None,
+    )
     try:
         from megatron_deft.training.trainer import Trainer  # imports megatron-core: now is safe
 

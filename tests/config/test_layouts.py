@@ -31,6 +31,9 @@ class Shape:
     num_attention_heads: int = 12
     num_query_groups: int = 2
     max_position_embeddings: int = 4096
+    expert_layers: tuple[int, ...] = ()
+    experts: int = 0
+    expert_ffn_hidden_size: int = 0
 
 
 def make(**sections) -> RunConfig:

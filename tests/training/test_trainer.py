@@ -276,7 +276,7 @@ def decay_alone(rank: int, world: int, cfg: RunConfig) -> dict[str, float]:
     folder, spec = module.read_base(cfg.model.load)
     platform.initialize()
     trainer = Trainer(cfg, folder, spec)
-    named = dict(trainer.model.named_parameters())
+    named = dict(trainer.model[0].named_parameters())
     before = {name: p.detach().clone() for name, p in named.items()}
     trainer.step()
     ratios = {name: (p / before[name]).mean().item() for name, p in named.items()}
