@@ -27,6 +27,21 @@ def read_base(load: str) -> tuple[Path, ModelSpec]:
     return folder, ModelSpec.from_json(checkpoint_folder.read_manifest(folder)["spec"])
 
 
+def initialize(cfg: RunConfig) -> None:
+    """Start torch.distributed and megatron-core in the layout of `cfg`."""
+    from megatron_deft import platform
+
+    parallel = cfg.parallel
+    platform.initialize(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        cfg.seed,
+        expert=parallel.expert,
+        virtual=parallel.chunks if parallel.chunks > 1 else None,
+    )
+
+
 def run(cfg: RunConfig) -> dict[str, float]:
     """Train as `cfg` says, in this process, as one rank of the world that torchrun describes.
 
@@ -41,15 +56,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
-    parallel = cfg.parallel
-    platform.initialize(
-        parallel.tensor,
-        parallel.pipeline,
-        parallel.context,
-        cfg.seed,
-        expert=parallel.expert,
-        virtual=parallel.chunks if parallel.chunks > 1 else None,
-    )
+    initialize(cfg)
     try:
         from megatron_deft.training.trainer import Trainer  # imports megatron-core: now is safe
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from megatron_deft import platform
-from megatron_deft.config import RunConfig, load_config
+from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
+from tests.training.ranks import STEPS, config, metrics, train_all
 
 # Every family; of cayley the form whose mean does not depend on the data-parallel size.
 LAYOUT_FREE = [
@@ -32,42 +33,6 @@ LAYOUT_FREE = [
     "cayley",
     "deft",
 ]
-STEPS = 20
-
-
-def config(base: Path, run_dir: Path, **overrides: Any) -> RunConfig:
-    settings = {
-        "run_dir": run_dir,
-        "model.load": base / "megatron",
-        "model.dtype": "fp32",
-        "data.train_files": f"[{base / 'train.jsonl'}]",
-        "data.show_sample": "false",
-        "data.max_length": 64,
-        "optim.lr": 0.002,
-        "train.global_batch": 8,
-        "train.micro_batch": 2,
-        "train.steps": STEPS,
-        "train.save_at_end": "false",
-        "monitor.tensorboard": "false",
-        "parallel.vocab_pad_multiple": 8,
-        **overrides,
-    }
-    empty = run_dir.parent / "empty.yaml"
-    empty.parent.mkdir(parents=True, exist_ok=True)
-    empty.write_text("{}\n")
-    return load_config(empty, [f"{key}={value}" for key, value in settings.items()])
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
-    os.environ["WORLD_SIZE"] = str(world)
-    for cfg in configs:
-        run(cfg)
-
-
 Trajectory = list[tuple[float, float]]  # loss and gradient norm of each step
 
 
