@@ -1,4 +1,4 @@
-"""What the ranks of whole runs do; apart from the tests, so that they need not load transformers."""
+"""What the ranks of whole runs do; apart from the tests: they need not load transformers."""
 
 import json
 import os

@@ -95,7 +95,7 @@ def state(folder: Path) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, whole."""
     reader = StateReader(folder / "state")
     return {
-        key: reader.read(Slot(key, (0,) * len(stored.size), tuple(stored.size), tuple(stored.size)))
+        key: reader.read(Slot(key, tuple(stored.size), (0,) * len(stored.size), tuple(stored.size)))
         for key, stored in reader.tensors.items()
     }
 
