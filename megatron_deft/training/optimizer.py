@@ -81,7 +81,7 @@ def sharded_state(
     if is_loading:
         for part in optimizer.chained_optimizers:
             part.init_state_fn(part.optimizer, part.config)
-    return {
+    tensors = {
         number: part.sharded_param_state_fully_reshardable(
             model_state, is_loading=is_loading, metadata={}
         )
@@ -89,12 +89,13 @@ def sharded_state(
         else _plain_sharded_state(part, model_state)
         for number, part in enumerate(optimizer.chained_optimizers)
     }
+    # A part whose parameters all are on other pipeline stages has none here.
+    return {number: entries for number, entries in tensors.items() if entries}
 
 
 def restore(optimizer: ChainedOptimizer, loaded: Mapping[int, Any], step: int) -> None:
     """Put loaded tensors in their places in an optimizer that has done `step` steps."""
     for number, part in enumerate(optimizer.chained_optimizers):
-        # A part whose parameters all are on other pipeline stages has nothing to load.
         tensors = loaded.get(number, {})
         # torch's Adam counts in a tensor beside the moments, which megatron-core would look for.
         for state in part.optimizer.state.values():
