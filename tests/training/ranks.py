@@ -46,7 +46,7 @@ def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
         run(cfg)
 
 
-def move(rank: int, world: int, layouts: Mapping[str, RunConfig]) -> dict[str, set[int]]:
+def move(rank: int, world: int, layouts: Mapping[Any, RunConfig]) -> dict[Any, set[int]]:
     """Load each run's checkpoint at its layout, save it there at once, and go on training.
 
     returns: the numbers of steps that this rank's parameters have seen before it goes on
