@@ -87,6 +87,7 @@ RENAMED: dict[str, Rename] = {
     "output_dir": Rename("run_dir"),
     "tensor_model_parallel_size": Rename("parallel.tensor"),
     "pipeline_model_parallel_size": Rename("parallel.pipeline"),
+    "expert_model_parallel_size": Rename("parallel.expert"),
     "sequence_parallel": Rename("parallel.sequence"),
 }
 

@@ -1,14 +1,16 @@
 """What a run is: every key with its type, default, unit and legal values, and which runs can be.
 
 A section that exists holds legal values: types and ranges are checked when it is made. What depends
-on the number of processes or on the model is checked by `RunConfig.validate`.
+on the number of processes or on the model is checked by `RunConfig.validate` (config/checks.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar, Literal, Protocol, get_type_hints
+from typing import Any, ClassVar, Literal, get_type_hints
 
+from megatron_deft.config import checks
+from megatron_deft.config.checks import ModelShape
 from megatron_deft.config.values import (
     ABOVE_0,
     AT_LEAST_0,
@@ -20,30 +22,6 @@ from megatron_deft.config.values import (
     key,
 )
 from megatron_deft.errors import UserError
-
-
-class ModelShape(Protocol):
-    """What `validate` asks of a model: `models.families.ModelSpec` has it."""
-
-    @property
-    def num_layers(self) -> int:
-        """Decoder layers."""
-
-    @property
-    def ffn_hidden_size(self) -> int:
-        """Channels inside the feed-forward block."""
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Query heads."""
-
-    @property
-    def num_query_groups(self) -> int:
-        """Key-value heads."""
-
-    @property
-    def max_position_embeddings(self) -> int:
-        """Positions the model was made for."""
 
 
 class Section:
@@ -105,6 +83,11 @@ class ParallelConfig(Section):
         "processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1
     )
     pipeline: int = key("processes that share the layers, in consecutive blocks", 1, AT_LEAST_1)
+    virtual_pipeline: int | None = key(
+        "blocks of layers that each of those processes holds, run in turns (interleaved schedule); "
+        "null or 1: one", None, AT_LEAST_1
+    )  # fmt: skip
+    expert: int = key("data-parallel processes that share the experts of each layer", 1, AT_LEAST_1)
     context: int = key("processes that share a sequence; only 1 for now", 1, AT_LEAST_1)
     sequence: bool = key("shard norms and dropout over the sequence among the tensor ranks", False)
     distributed_optimizer: bool = key("shard optimizer state among the data-parallel ranks", True)
@@ -112,6 +95,11 @@ class ParallelConfig(Section):
     vocab_pad_multiple: int = key(
         "the vocabulary is padded to a multiple of this times parallel.tensor", 128, AT_LEAST_1
     )
+
+    @property
+    def chunks(self) -> int:
+        """Blocks of layers that one process holds."""
+        return self.virtual_pipeline or 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,83 +254,7 @@ class RunConfig(Section):
 
         Errors: UserError, one line naming key, value and what is legal.
         """
-        # config is imported by everything; it needs the objectives' parser here alone.
-        from megatron_deft.objectives import parse
-
-        parse(self.objective)
-        self._validate_training()
-        self._validate_layout(world_size)
-        if spec is not None:
-            self._validate_model(spec)
-
-    def _validate_training(self) -> None:
-        optim, train = self.optim, self.train
-        if optim.min_lr > optim.lr:
-            raise UserError(f"optim.min_lr={optim.min_lr:g}: must be <= optim.lr={optim.lr:g}")
-        if optim.warmup_steps and train.steps and optim.warmup_steps > train.steps:
-            raise UserError(
-                f"optim.warmup_steps={optim.warmup_steps}: must be <= train.steps={train.steps}"
-            )
-        export = self.checkpoint.export_hf
-        if export == "last" and not train.save_at_end:
-            raise UserError(
-                "checkpoint.export_hf=last needs the last checkpoint: set train.save_at_end=true"
-            )
-        if export == "every_save" and not (train.save_every or train.save_at_end):
-            raise UserError(
-                "checkpoint.export_hf=every_save, but nothing is saved: set train.save_every"
-            )
-        if train.val_every is not None and not self.data.val_files:
-            raise UserError(
-                f"train.val_every={train.val_every} needs data.val_files: name some, or set null"
-            )
-
-    def _validate_layout(self, world_size: int) -> None:
-        parallel, train = self.parallel, self.train
-        if parallel.context != 1:
-            raise UserError(
-                f"parallel.context={parallel.context}: only 1 is supported for now; "
-                "use parallel.tensor with parallel.sequence=true for long sequences"
-            )
-        if parallel.sequence and parallel.tensor == 1:
-            raise UserError(
-                "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
-                "set it to false, or parallel.tensor to 2 or more"
-            )
-        model_size = parallel.tensor * parallel.pipeline * parallel.context
-        if world_size < 1 or world_size % model_size:
-            raise UserError(
-                f"{world_size} processes cannot hold parallel.tensor={parallel.tensor} x "
-                f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context}: "
-                f"start a multiple of {model_size} (--nproc-per-node x --nnodes)"
-            )
-        ranks = self.data_parallel(world_size)
-        if train.global_batch % (train.micro_batch * ranks):
-            raise UserError(
-                f"train.global_batch={train.global_batch}: must be a multiple of "
-                f"train.micro_batch={train.micro_batch} x {ranks} data-parallel ranks = "
-                f"{train.micro_batch * ranks}"
-            )
-
-    def _validate_model(self, spec: ModelShape) -> None:
-        tensor, pipeline = self.parallel.tensor, self.parallel.pipeline
-        for name, size, what in (
-            ("tensor", spec.num_attention_heads, "attention heads"),
-            ("tensor", spec.num_query_groups, "key-value heads (query groups)"),
-            ("tensor", spec.ffn_hidden_size, "feed-forward channels"),
-            ("pipeline", spec.num_layers, "layers"),
-        ):
-            parts = {"tensor": tensor, "pipeline": pipeline}[name]
-            if size % parts:
-                legal = ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)
-                raise UserError(
-                    f"parallel.{name}={parts}: must divide the model's {size} {what}: {legal}"
-                )
-        if self.data.max_length > spec.max_position_embeddings:
-            raise UserError(
-                f"data.max_length={self.data.max_length}: must be <= the model's "
-                f"max_position_embeddings={spec.max_position_embeddings}"
-            )
+        checks.validate(self, world_size, spec)
 
 
 # Keys of which one has to be given; which one the section itself checks.

@@ -107,11 +107,17 @@ def transformer_config(
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
         # Micro-batches are as long as their longest sample, so stages tell each other the shape.
-        variable_seq_lengths=pipeline > 1,
+        # The interleaved schedule has to be called with the length: it sends while it computes.
+        variable_seq_lengths=pipeline > 1 and virtual is None,
         moe_token_dispatcher_type="alltoall",  # what the check of the line above insists on
         cuda_graph_scope=[],  # the default is deprecated and says so for every config
-        # A stage's output has been sent on; only its graph is needed for the backward pass.
-        deallocate_pipeline_outputs=pipeline > 1,
+        # A stage's output has been sent on; only its graph is needed for the backward pass. The
+        # interleaved schedule would free it before it has waited for the send.
+        deallocate_pipeline_outputs=pipeline > 1 and virtual is None,
+        # Sent together, forward and backward messages of two stages are taken for one another:
+        # each is the other's predecessor and successor.
+        overlap_p2p_comm=virtual is not None,
+        batch_p2p_comm=virtual is None,
         calculate_per_token_loss=calculate_per_token_loss,
         bias_activation_fusion=fused and spec.activation == "silu",
         bias_dropout_fusion=fused,

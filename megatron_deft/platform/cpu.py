@@ -19,6 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -144,6 +145,41 @@ def _counts(counts: Any, as_numpy: bool = False, record_stream: bool = False) ->
     return counts.numpy() if as_numpy and isinstance(counts, Tensor) else counts
 
 
+def _gather_unequal(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """mappings._gather_along_first_dim for parts of several lengths, which gloo refuses."""
+
+    def gather(
+        own: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return original(own, group, sizes, use_global_buffer)
+        output = own.new_empty(sum(sizes), *own.shape[1:])
+        for rank, part in enumerate(output.split(sizes)):
+            if rank == group.rank():
+                part.copy_(own)
+            if part.numel():
+                dist.broadcast(part, group=group, group_src=rank)
+        return output
+
+    return gather
+
+
+def _reduce_scatter_unequal(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """mappings._reduce_scatter_along_first_dim for parts of several lengths, likewise."""
+
+    def reduce_scatter(
+        whole: Tensor, group: Any, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> Tensor:
+        if sizes is None or group.size() == 1:
+            return original(whole, group, sizes, use_global_buffer)
+        total = whole.clone(memory_format=torch.contiguous_format)
+        if total.numel():
+            dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()]
+
+    return reduce_scatter
+
+
 def _is_real_warning(record: logging.LogRecord) -> bool:
     """False for the RNG tracker's complaint that the CPU generator moved: here it has to."""
     return "CPU RNG state changed" not in record.getMessage()
@@ -152,7 +188,7 @@ def _is_real_warning(record: logging.LogRecord) -> bool:
 def _redirect() -> ExitStack:
     """Put every redirection in force and return the stack that takes them back."""
     import_megatron()
-    from megatron.core.tensor_parallel import random
+    from megatron.core.tensor_parallel import mappings, random
     from megatron.core.transformer.moe import token_dispatcher
 
     redirections: list[tuple[Any, str, Any]] = [
@@ -164,6 +200,14 @@ def _redirect() -> ExitStack:
         (torch.cuda, "Stream", _Stream),
         (torch.cuda, "current_stream", lambda device=None: _Stream()),
         (token_dispatcher, "maybe_move_tensor_to_cpu", _counts),
+        # It gathers the tokens of a tensor rank's experts, more from one rank than from another.
+        *(
+            (mappings, name, replace(getattr(mappings, name)))
+            for name, replace in (
+                ("_gather_along_first_dim", _gather_unequal),
+                ("_reduce_scatter_along_first_dim", _reduce_scatter_unequal),
+            )
+        ),
         (torch.autograd, "_engine_run_backward", _run_backward),
         # The RNG tracker keeps one generator state per kind of parallelism and swaps them in the
         # CUDA generator; here it swaps them in the CPU generator, the one that draws.

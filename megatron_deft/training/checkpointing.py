@@ -7,7 +7,7 @@ state: it is a pure function of the step.
 
 import random
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
@@ -26,7 +26,7 @@ from megatron_deft.convert import hf_folder
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.models.families import ModelSpec
-from megatron_deft.training.optimizer import SHARDING, create_state, load_optimizer_state
+from megatron_deft.training.optimizer import restore, sharded_state, steps
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,8 @@ def _layout() -> dict[str, int]:
     return {
         "tensor": parallel_state.get_tensor_model_parallel_world_size(),
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     }
 
@@ -65,24 +67,30 @@ def _set_rng_state(state: Mapping[str, Any]) -> None:
 
 
 def _rng_object(data: Any) -> ShardedObject:
-    """One entry per pipeline stage and tensor rank; data-parallel ranks draw alike."""
-    layout = _layout()
+    """One entry per pipeline stage, tensor and expert rank; other data-parallel ranks draw alike.
+
+    Tensor and expert ranks are numbered together: without expert ranks the entries are the same as
+    in checkpoints from before there were any.
+    """
+    layout, tensor = _layout(), parallel_state.get_tensor_model_parallel_rank()
+    expert = parallel_state.get_expert_model_parallel_rank()
     return ShardedObject(
         "rng_state",
         data,
-        (layout["pipeline"], layout["tensor"]),
+        (layout["pipeline"], layout["tensor"] * layout["expert"]),
         (
             parallel_state.get_pipeline_model_parallel_rank(),
-            parallel_state.get_tensor_model_parallel_rank(),
+            tensor * layout["expert"] + expert,
         ),
-        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        replica_id=parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        // layout["expert"],
     )
 
 
 def save(
     run_dir: Path,
-    model: GPTModel,
-    optimizer: MegatronOptimizer,
+    model: Sequence[GPTModel],
+    optimizer: ChainedOptimizer,
     position: Position,
     hf: Path,
     fields: Mapping[str, Any],
@@ -91,7 +99,7 @@ def save(
 ) -> Path:
     """Write the checkpoint of `position`; every rank calls it, all see the same file system.
 
-    model:   this rank's GPTModel, unwrapped
+    model:   this rank's chunks, unwrapped
     hf:      folder with the Hugging Face files beside the weights to carry along
     fields:  further entries of the manifest (spec, objective, base, config)
     keep:    how many checkpoints to keep, None for all
@@ -106,7 +114,9 @@ def save(
         (temporary / "state").mkdir(parents=True)
         hf_folder.copy_companions(hf, temporary / "hf")
     dist.barrier()
-    state = _sharded_state(model, optimizer, is_loading=False) | {"rng": _rng_object(_rng_state())}
+    assert steps(optimizer) <= {position.step}, "a step was skipped"
+    state = _model_state(model)
+    state |= {"optimizer": sharded_state(optimizer, state), "rng": _rng_object(_rng_state())}
     dist_checkpointing.save(state, str(temporary / "state"))
     dist.barrier()
     names = checkpoint_folder.list_files(temporary)[dist.get_rank() :: dist.get_world_size()]
@@ -135,14 +145,8 @@ def _from_rank_0(value: Any) -> Any:
     return box[0]
 
 
-def _sharded_state(
-    model: GPTModel, optimizer: MegatronOptimizer, is_loading: bool
-) -> dict[str, Any]:
-    model_state = model.sharded_state_dict(metadata=SHARDING)
-    optimizer_state = optimizer.sharded_state_dict(
-        model_state, is_loading=is_loading, metadata=SHARDING
-    )
-    return {"model": model_state, "optimizer": optimizer_state}
+def _model_state(model: Sequence[GPTModel]) -> dict[str, Any]:
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(model)}
 
 
 def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -211,7 +215,11 @@ def _problems(folder: Path) -> list[str]:
 
 
 def load(
-    cfg: RunConfig, spec: ModelSpec, folder: Path, model: GPTModel, optimizer: MegatronOptimizer
+    cfg: RunConfig,
+    spec: ModelSpec,
+    folder: Path,
+    model: Sequence[GPTModel],
+    optimizer: ChainedOptimizer,
 ) -> tuple[Position, dict[str, Any], list[str]]:
     """Load `folder` into the model and optimizer of this rank, whatever layout wrote it.
 
@@ -234,10 +242,12 @@ def load(
             f"parallel.distributed_optimizer={cfg.parallel.distributed_optimizer}, but {folder} "
             f"was saved with {saved}: set it so, or start anew from its weights with model.load"
         )
-    create_state(optimizer)
-    state = _sharded_state(model, optimizer, is_loading=True)
+    state = _model_state(model)
+    # Under a key that no checkpoint has: what older ones hold of parameter groups stays apart.
+    state["restored"] = sharded_state(optimizer, state, is_loading=True)
     layout, notes = _layout(), []
-    same = all(layout[name] == manifest["layout"][name] for name in ("tensor", "pipeline"))
+    draws = ("tensor", "pipeline", "virtual", "expert")  # data-parallel ranks draw alike
+    same = all(layout[name] == manifest["layout"].get(name, 1) for name in draws)
     if same:
         state["rng"] = _rng_object(None)
     else:
@@ -247,8 +257,9 @@ def load(
         )
     with torch.no_grad():
         loaded = dist_checkpointing.load(state, str(folder / "state"))
-    model.load_state_dict(loaded["model"])
-    load_optimizer_state(optimizer, loaded["optimizer"])
+    for number, chunk in enumerate(model):
+        chunk.load_state_dict(loaded[f"model{number}"])
+    restore(optimizer, loaded.get("restored", {}), manifest["step"])
     if same:
         _set_rng_state(loaded["rng"])
     return Position(manifest["step"], manifest["consumed"]), manifest, notes

@@ -1,39 +1,39 @@
 """megatron-core's optimizer for a run, its learning rate, and its state's way in and out of a
 checkpoint.
+
+In a checkpoint every tensor of the optimizer has the name and the sharding of its parameter
+(`optimizer.state.exp_avg.decoder.layers...`), so any layout can load it. megatron-core's own
+sharded_state_dict was rejected as a whole: it puts experts' states under `chained_1.` when they are
+spread over ranks and under no prefix when they are not, loads parameter groups only into as many as
+were saved, cannot save a stage that has no experts, and with torch's Adam loses the step.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.models.gpt import GPTModel
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import MegatronOptimizer
-from megatron.core.transformer.module import Float16Module
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    MegatronOptimizer,
+)
 from torch import Tensor
 
 from megatron_deft.config import OptimConfig, RunConfig
 
-# Layout-free: gathers each parameter's state on one data-parallel rank while saving.
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}
 
+def build_optimizer(cfg: RunConfig, model: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
+    """AdamW as configured; weight decay on matrices, not on norms and biases (Megatron's rule).
 
-def wrap_model(cfg: RunConfig, model: GPTModel) -> DistributedDataParallel:
-    """The model as megatron-core's schedules and optimizer want it: fp32 gradient buffers."""
-    inner = Float16Module(model.config, model) if cfg.model.dtype == "bf16" else model
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
-        overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
-        grad_reduce_in_fp32=True,
-    )
-    return DistributedDataParallel(model.config, ddp_config, inner)
-
-
-def build_optimizer(cfg: RunConfig, model: DistributedDataParallel) -> MegatronOptimizer:
-    """AdamW as configured; weight decay on matrices, not on norms and biases (Megatron's rule)."""
+    It has one part, and one more for experts that are spread over ranks.
+    """
     optim = cfg.optim
     return get_megatron_optimizer(
         OptimizerConfig(
@@ -46,18 +46,17 @@ def build_optimizer(cfg: RunConfig, model: DistributedDataParallel) -> MegatronO
             adam_eps=optim.eps,
             clip_grad=optim.clip_grad,
             bf16=cfg.model.dtype == "bf16",
-            params_dtype=model.config.params_dtype,
+            params_dtype=model[0].config.params_dtype,
             use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         ),
-        [model],
+        list(model),
     )
 
 
 def set_hyper_parameters(optimizer: MegatronOptimizer, optim: OptimConfig, lr: float) -> None:
     """Give every parameter group what it needs for the coming step.
 
-    megatron-core leaves lr_mult and wd_mult (0 for norms and biases) to whoever schedules. A group
-    that came out of a checkpoint follows the configuration as well.
+    megatron-core leaves lr_mult and wd_mult (0 for norms and biases) to whoever schedules.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_mult"]
@@ -65,54 +64,97 @@ def set_hyper_parameters(optimizer: MegatronOptimizer, optim: OptimConfig, lr: f
         group["betas"], group["eps"] = optim.betas, optim.eps
 
 
-def create_state(optimizer: MegatronOptimizer) -> None:
-    """Give torch's Adam the (zero) state it otherwise makes at its first step.
+def sharded_state(
+    optimizer: ChainedOptimizer, model_state: Mapping[str, Any], *, is_loading: bool = False
+) -> dict[int, Any]:
+    """What dist_checkpointing saves of the optimizer, or loads: the tensors of each parameter.
 
-    megatron-core 0.16 cannot say what to load before that state exists, its step counter above
-    all.
+    The first moment, the second, and the fp32 weight where the model's own is not in fp32 (with the
+    distributed optimizer always). Number of steps and hyper-parameters are functions of the run's
+    position and configuration.
+
+    model_state: sharded_state_dict of every chunk of the model
+    is_loading:  make the (zero) state that torch's optimizer otherwise makes at its first step, and
+                 gather nothing
+    returns:     by part of the optimizer; `restore` takes what dist_checkpointing.load made of it
     """
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(part.optimizer, torch.optim.Adam):
-            for parameter in (p for group in part.optimizer.param_groups for p in group["params"]):
-                part.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    if is_loading:
+        for part in optimizer.chained_optimizers:
+            part.init_state_fn(part.optimizer, part.config)
+    tensors = {
+        number: part.sharded_param_state_fully_reshardable(
+            model_state, is_loading=is_loading, metadata={}
+        )
+        if isinstance(part, DistributedOptimizer)
+        else _plain_sharded_state(part, model_state)
+        for number, part in enumerate(optimizer.chained_optimizers)
+    }
+    # A part whose parameters all are on other pipeline stages has none here.
+    return {number: entries for number, entries in tensors.items() if entries}
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Load what `dist_checkpointing.load` made of the optimizer's sharded_state_dict.
-
-    torch's Adam counts steps in a tensor per parameter, which megatron-core 0.16 neither hands back
-    when loading nor keeps apart afterwards: without the two repairs here it raises KeyError
-    'step', or all parameters share one counter that then advances once per parameter.
-    """
-    with _step_is_kept():
-        optimizer.load_state_dict(state)
-    for inner in torch_states(optimizer):
-        if isinstance(inner.get("step"), Tensor):
-            inner["step"] = inner["step"].clone()
-
-
-def torch_states(optimizer: MegatronOptimizer) -> Iterator[dict[str, Any]]:
-    """The state of every parameter of every torch optimizer inside `optimizer`."""
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        yield from part.optimizer.state.values()
-
-
-@contextmanager
-def _step_is_kept() -> Iterator[None]:
-    original = DistributedOptimizer._set_main_param_and_optimizer_states
-
-    def keep_step(self: Any, model_param: Tensor, tensors: dict[str, Tensor]) -> None:
-        group, order = self.model_param_group_index_map[model_param]
-        own = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
-        original(self, model_param, {**{k: own[k] for k in own if k == "step"}, **tensors})
-
-    DistributedOptimizer._set_main_param_and_optimizer_states = keep_step
-    try:
+def restore(optimizer: ChainedOptimizer, loaded: Mapping[int, Any], step: int) -> None:
+    """Put loaded tensors in their places in an optimizer that has done `step` steps."""
+    for number, part in enumerate(optimizer.chained_optimizers):
+        tensors = loaded.get(number, {})
+        # torch's Adam counts in a tensor beside the moments, which megatron-core would look for.
+        for state in part.optimizer.state.values():
+            state.pop("step", None)
         with torch.no_grad():
-            yield
-    finally:
-        DistributedOptimizer._set_main_param_and_optimizer_states = original
+            if isinstance(part, DistributedOptimizer):
+                part.load_parameter_state_from_fully_reshardable(tensors)
+            else:
+                for index, (_, places) in enumerate(_plain_tensors(part)):
+                    for name, place in places.items():
+                        place.copy_(tensors[index][name])
+        _set_step(part.optimizer, step)
+
+
+def steps(optimizer: ChainedOptimizer) -> set[int]:
+    """The numbers of steps that the parameters have seen: one number."""
+    counts: set[int] = set()
+    for part in optimizer.chained_optimizers:
+        counts |= {int(state["step"]) for state in part.optimizer.state.values() if "step" in state}
+        # TransformerEngine's and apex's Adam count by group, and only where there are parameters
+        groups = (group for group in part.optimizer.param_groups if group["params"])
+        counts |= {int(group["step"]) for group in groups if "step" in group}
+    return counts
+
+
+def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
+    if isinstance(optimizer, torch.optim.Adam):
+        for state in optimizer.state.values():
+            state["step"] = torch.tensor(float(step))
+    else:
+        for group in optimizer.param_groups:
+            group["step"] = step
+
+
+def _plain_tensors(part: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """Each parameter of the model with its tensors in an optimizer that is not distributed."""
+    masters: dict[Tensor, Tensor] = {}
+    if isinstance(part, Float16OptimizerWithFloat16Params):
+        groups = zip(part.fp32_from_float16_groups, part.float16_groups, strict=True)
+        masters = dict(chain.from_iterable(zip(*group, strict=True) for group in groups))
+    for parameter in part.get_parameters():
+        state = part.optimizer.state[parameter]
+        tensors = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        if parameter in masters:
+            tensors["fp32_param"] = parameter
+        yield masters.get(parameter, parameter), tensors
+
+
+def _plain_sharded_state(
+    part: MegatronOptimizer, model_state: Mapping[str, Any]
+) -> dict[int, dict[str, Any]]:
+    sharded, _ = extract_sharded_tensors_and_factories(dict(model_state))
+    of = {id(entry.data): entry for entry in nested_values(sharded)}
+    return {
+        index: {
+            name: make_sharded_optimizer_tensor(
+                of[id(parameter)], tensor, f"optimizer.state.{name}"
+            )
+            for name, tensor in tensors.items()
+        }
+        for index, (parameter, tensors) in enumerate(_plain_tensors(part))
+    }

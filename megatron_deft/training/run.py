@@ -7,6 +7,21 @@ from megatron_deft.config import RunConfig
 from megatron_deft.training.base import read_base
 
 
+def initialize(cfg: RunConfig) -> None:
+    """Start torch.distributed and megatron-core in the layout of `cfg`."""
+    from megatron_deft import platform
+
+    parallel = cfg.parallel
+    platform.initialize(
+        parallel.tensor,
+        parallel.pipeline,
+        parallel.context,
+        cfg.seed,
+        expert=parallel.expert,
+        virtual=parallel.chunks if parallel.chunks > 1 else None,
+    )
+
+
 def run(cfg: RunConfig) -> dict[str, float]:
     """Train as `cfg` says, in this process, as one rank of the world that torchrun describes.
 
@@ -21,8 +36,7 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
-    parallel = cfg.parallel
-    platform.initialize(parallel.tensor, parallel.pipeline, parallel.context, cfg.seed)
+    initialize(cfg)
     try:
         from megatron_deft.training.trainer import Trainer  # imports megatron-core: now is safe
 

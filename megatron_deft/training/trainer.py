@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import Attachment, attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
 from megatron_deft.loss.reduction import reduce_loss
-from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import device
 from megatron_deft.training import checkpointing
@@ -31,7 +29,8 @@ from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
 from megatron_deft.training.exports import Exports
 from megatron_deft.training.metrics import MetricsLog, progress_line
-from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters, wrap_model
+from megatron_deft.training.model import build_chunks, wrap_chunks
+from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters
 from megatron_deft.training.schedule import learning_rate, warmup_length
 from megatron_deft.training.statistics import means, reduce_sums, token_sums
 
@@ -108,7 +107,10 @@ def show_sample(data: Data, tokenizer: Any) -> None:
 
 
 class Trainer:
-    """The model, optimizer and data of one rank, and the loop over steps."""
+    """The model, optimizer and data of one rank, and the loop over steps.
+
+    model: this rank's chunks, one unless the pipeline is virtual; ddp: the same, wrapped
+    """
 
     def __init__(self, cfg: RunConfig, base: Base) -> None:
         """Build everything; `base` is what cfg.model names."""
@@ -125,24 +127,10 @@ class Trainer:
         if cfg.data.show_sample:
             show_sample(self.data, tokenizer)
 
-        tcfg = transformer_config(
-            spec,
-            tensor=cfg.parallel.tensor,
-            pipeline=cfg.parallel.pipeline,
-            context=cfg.parallel.context,
-            sequence=cfg.parallel.sequence,
-            dtype=cfg.model.dtype,
-            recompute=cfg.model.recompute,
-            attention_dropout=cfg.model.attention_dropout,
-            hidden_dropout=cfg.model.hidden_dropout,
-            # The loss function returns numerator and denominator; megatron-core divides the
-            # gradient by the sum of denominators over micro-batches and data-parallel ranks.
-            calculate_per_token_loss=True,
-        )
-        self.model = build_model(spec, tcfg, vocab_pad_multiple=cfg.parallel.vocab_pad_multiple)
+        self.model = build_chunks(cfg, spec)
         if resume is None:
-            base.load([self.model])
-        self.ddp = wrap_model(cfg, self.model)
+            base.load(self.model)
+        self.ddp = wrap_chunks(cfg, self.model)
         self.attachment = attach(
             self.ddp,
             cfg.objective,
@@ -151,9 +139,6 @@ class Trainer:
             grad_in_forward=None if cfg.reduction == "token" else False,
         )
         self.optimizer = build_optimizer(cfg, self.ddp)
-        tcfg.finalize_model_grads_func = finalize_model_grads
-        if cfg.parallel.overlap_grad_reduce:
-            tcfg.no_sync_func = self.ddp.no_sync
         self.position = Position()
         self.base = base.name
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
@@ -228,8 +213,9 @@ class Trainer:
         batch = data.stream.take(position.consumed, cfg.train.global_batch)
         lr = learning_rate(cfg.optim, data.total_steps, number)
         set_hyper_parameters(self.optimizer, cfg.optim, lr)
-        self.ddp.train()
-        self.ddp.zero_grad_buffer()
+        for chunk in self.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         metrics = means(self._forward_backward(data.train, batch, forward_only=False))
         _, grad_norm, _ = self.optimizer.step()
@@ -265,7 +251,8 @@ class Trainer:
     @torch.no_grad()
     def validate(self, dataset: Dataset) -> dict[str, float]:
         """The objective and its statistics over all of `dataset`, named val_*."""
-        self.ddp.eval()
+        for chunk in self.ddp:
+            chunk.eval()
         total = torch.zeros((), dtype=torch.float64)
         for batch in full_pass(len(dataset), self.cfg.train.global_batch):
             total = total + self._forward_backward(dataset, batch, forward_only=True).cpu()
@@ -285,8 +272,8 @@ class Trainer:
         )
         parts = get_forward_backward_func()(
             forward_step_func=forward_step(self.attachment, cfg.reduction, forward_only),
-            data_iterator=_micro_batches(dataset, rows, length),
-            model=[self.ddp],
+            data_iterator=[_micro_batches(dataset, rows, length) for _ in self.ddp],
+            model=self.ddp,
             num_microbatches=len(rows),
             seq_length=length,
             micro_batch_size=cfg.train.micro_batch,

@@ -31,6 +31,9 @@ class Shape:
     num_attention_heads: int = 12
     num_query_groups: int = 2
     max_position_embeddings: int = 4096
+    expert_layers: tuple[int, ...] = ()
+    experts: int = 0
+    expert_ffn_hidden_size: int = 0
 
 
 def make(**sections) -> RunConfig:
@@ -81,6 +84,60 @@ def test_impossible_runs_are_refused(sections, world, expected):
     assert "\n" not in str(caught.value)
     for part in expected:
         assert part in str(caught.value)
+
+
+EXPERTS = Shape(expert_layers=tuple(range(28)), experts=6, expert_ffn_hidden_size=90)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "spec"),
+    [
+        (ParallelConfig(expert=2), 4, EXPERTS),
+        (ParallelConfig(expert=2, tensor=2, sequence=True), 4, EXPERTS),
+        (ParallelConfig(pipeline=2, virtual_pipeline=7, expert=3), 6, EXPERTS),
+        (ParallelConfig(pipeline=2, virtual_pipeline=14), 4, Shape()),
+        (ParallelConfig(virtual_pipeline=1, tensor=2), 2, Shape()),
+        (ParallelConfig(expert=2), 2, None),
+    ],
+)
+def test_experts_and_virtual_pipelines_that_pass(parallel, world, spec):
+    make(parallel=parallel, train=TrainConfig(global_batch=48)).validate(world, spec)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "world", "spec", "expected"),
+    [
+        ({"expert": 2}, 2, Shape(), ["parallel.expert=2", "no experts", "set it to 1"]),
+        ({"expert": 4}, 4, EXPERTS, ["parallel.expert=4", "6 experts: 1, 2, 3, 6"]),
+        ({"expert": 2}, 3, EXPERTS, ["parallel.expert=2", "3 data-parallel ranks", ": 1, 3"]),
+        ({"expert": 2, "pipeline": 2}, 2, None,
+         ["parallel.expert=2", "1 data-parallel ranks (2 processes", "parallel.pipeline=2"]),
+        ({"expert": 2, "tensor": 2}, 4, None, ["parallel.sequence=false", "tensor=2", "to true"]),
+        ({"tensor": 2}, 2, EXPERTS, ["parallel.sequence=false", "parallel.tensor to 1"]),
+        ({"tensor": 2, "sequence": True}, 2,
+         dataclasses.replace(EXPERTS, expert_ffn_hidden_size=45),
+         ["tensor=2", "45 channels of an expert"]),
+        ({"virtual_pipeline": 2}, 2, Shape(),
+         ["parallel.virtual_pipeline=2", "parallel.pipeline=1", "null"]),
+        ({"pipeline": 2, "virtual_pipeline": 4}, 2, Shape(),
+         ["parallel.virtual_pipeline=4", "14 layers of a pipeline stage: 1, 2, 7, 14"]),
+        ({"pipeline": 4, "virtual_pipeline": 7}, 32, Shape(),
+         ["parallel.virtual_pipeline=7", "6 micro-batches", "multiple of 32", "null"]),
+    ],
+)  # fmt: skip
+def test_impossible_experts_and_virtual_pipelines_are_refused(parallel, world, spec, expected):
+    config = make(parallel=ParallelConfig(**parallel), train=TrainConfig(global_batch=48))
+    with pytest.raises(UserError) as caught:
+        config.validate(world, spec)
+    assert "\n" not in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [{"expert": 0}, {"virtual_pipeline": 0}])
+def test_parallel_sizes_are_at_least_one(value):
+    with pytest.raises(UserError, match=">= 1"):
+        ParallelConfig(**value)
 
 
 def test_feed_forward_channels_must_divide():

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_deft import platform
-from megatron_deft.config import RunConfig, load_config
+from megatron_deft import checkpoint_folder, platform
+from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
+from tests.training.ranks import STEPS, config, metrics, train_all
 
 # Every family; of cayley the form whose mean does not depend on the data-parallel size.
 LAYOUT_FREE = [
@@ -32,42 +33,6 @@ LAYOUT_FREE = [
     "cayley",
     "deft",
 ]
-STEPS = 20
-
-
-def config(base: Path, run_dir: Path, **overrides: Any) -> RunConfig:
-    settings = {
-        "run_dir": run_dir,
-        "model.load": base / "megatron",
-        "model.dtype": "fp32",
-        "data.train_files": f"[{base / 'train.jsonl'}]",
-        "data.show_sample": "false",
-        "data.max_length": 64,
-        "optim.lr": 0.002,
-        "train.global_batch": 8,
-        "train.micro_batch": 2,
-        "train.steps": STEPS,
-        "train.save_at_end": "false",
-        "monitor.tensorboard": "false",
-        "parallel.vocab_pad_multiple": 8,
-        **overrides,
-    }
-    empty = run_dir.parent / "empty.yaml"
-    empty.parent.mkdir(parents=True, exist_ok=True)
-    empty.write_text("{}\n")
-    return load_config(empty, [f"{key}={value}" for key, value in settings.items()])
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
-    os.environ["WORLD_SIZE"] = str(world)
-    for cfg in configs:
-        run(cfg)
-
-
 Trajectory = list[tuple[float, float]]  # loss and gradient norm of each step
 
 
@@ -166,6 +131,32 @@ def test_resume_at_another_layout(base: Path, tmp_path: Path) -> None:
     run_ranks(2, train_all, [config(base, other, **common, **{"train.resume": start})])
     resumed = [line["loss"] for line in metrics(other)]
     assert resumed == pytest.approx(uninterrupted[3:], rel=1e-5)
+
+
+def as_before_experts(folder: Path) -> None:
+    """Make a checkpoint of what it was before layouts had experts and virtual pipelines.
+
+    Its layout did not name them, and it held megatron-core's parameter groups.
+    """
+    common = torch.load(folder / "state" / "common.pt", weights_only=False)
+    groups = [{"lr": 0.1, "wd_mult": mult, "step": 99.0} for mult in (0.0, 1.0)]
+    common["optimizer"] = {"optimizer": {"param_groups": groups}, "param_state": {}}
+    torch.save(common, folder / "state" / "common.pt")
+    manifest = checkpoint_folder.read_manifest(folder)
+    del manifest["layout"]["expert"], manifest["layout"]["virtual"]
+    manifest["files"] |= checkpoint_folder.hash_files(folder, ["state/common.pt"])
+    (folder / checkpoint_folder.MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_resume_of_an_older_checkpoint(base: Path, tmp_path: Path) -> None:
+    common = {"train.steps": 4, "train.save_every": 2, "model.hidden_dropout": 0.1}
+    run_ranks(1, train_all, [config(base, tmp_path / "run", **common)])
+    start = tmp_path / "run" / "checkpoints" / "step_00000002"
+    as_before_experts(start)
+    cfg = config(base, tmp_path / "on", **common, **{"train.resume": start})
+    assert "another layout" not in run_ranks(1, train_and_hear, cfg)[0]
+    uninterrupted = same_but_time(metrics(tmp_path / "run"))
+    assert same_but_time(metrics(tmp_path / "on")) == uninterrupted[2:]
 
 
 def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
@@ -276,7 +267,7 @@ def decay_alone(rank: int, world: int, cfg: RunConfig) -> dict[str, float]:
     base = read_base(cfg.model)
     platform.initialize()
     trainer = Trainer(cfg, base)
-    named = dict(trainer.model.named_parameters())
+    named = dict(trainer.model[0].named_parameters())
     before = {name: p.detach().clone() for name, p in named.items()}
     trainer.step()
     ratios = {name: (p / before[name]).mean().item() for name, p in named.items()}

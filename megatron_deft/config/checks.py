@@ -1,0 +1,183 @@
+"""Which runs can be: what depends on several keys, on the number of processes or on the model."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from megatron_deft.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_deft.config.schema import RunConfig
+
+
+class ModelShape(Protocol):
+    """What `validate` asks of a model: `models.families.ModelSpec` has it."""
+
+    @property
+    def num_layers(self) -> int:
+        """Decoder layers."""
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Channels inside the feed-forward block."""
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Query heads."""
+
+    @property
+    def num_query_groups(self) -> int:
+        """Key-value heads."""
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Layers that have experts in place of the feed-forward block."""
+
+    @property
+    def experts(self) -> int:
+        """Experts of each such layer."""
+
+    @property
+    def expert_ffn_hidden_size(self) -> int:
+        """Channels inside one expert."""
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """Positions the model was made for."""
+
+
+def validate(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> None:
+    """See RunConfig.validate."""
+    # config is imported by everything; it needs the objectives' parser here alone.
+    from megatron_deft.objectives import parse
+
+    parse(cfg.objective)
+    _check_training(cfg)
+    _check_layout(cfg, world_size)
+    _check_interleaving(cfg, world_size)
+    _check_experts(cfg, world_size, spec)
+    if spec is not None:
+        _check_model(cfg, spec)
+
+
+def _check_training(cfg: RunConfig) -> None:
+    optim, train = cfg.optim, cfg.train
+    if optim.min_lr > optim.lr:
+        raise UserError(f"optim.min_lr={optim.min_lr:g}: must be <= optim.lr={optim.lr:g}")
+    if optim.warmup_steps and train.steps and optim.warmup_steps > train.steps:
+        raise UserError(
+            f"optim.warmup_steps={optim.warmup_steps}: must be <= train.steps={train.steps}"
+        )
+    export = cfg.checkpoint.export_hf
+    if export == "last" and not train.save_at_end:
+        raise UserError(
+            "checkpoint.export_hf=last needs the last checkpoint: set train.save_at_end=true"
+        )
+    if export == "every_save" and not (train.save_every or train.save_at_end):
+        raise UserError(
+            "checkpoint.export_hf=every_save, but nothing is saved: set train.save_every"
+        )
+    if train.val_every is not None and not cfg.data.val_files:
+        raise UserError(
+            f"train.val_every={train.val_every} needs data.val_files: name some, or set null"
+        )
+
+
+def _check_layout(cfg: RunConfig, world_size: int) -> None:
+    parallel, train = cfg.parallel, cfg.train
+    if parallel.context != 1:
+        raise UserError(
+            f"parallel.context={parallel.context}: only 1 is supported for now; "
+            "use parallel.tensor with parallel.sequence=true for long sequences"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise UserError(
+            "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
+            "set it to false, or parallel.tensor to 2 or more"
+        )
+    model_size = parallel.tensor * parallel.pipeline * parallel.context
+    if world_size < 1 or world_size % model_size:
+        raise UserError(
+            f"{world_size} processes cannot hold parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} x parallel.context={parallel.context}: "
+            f"start a multiple of {model_size} (--nproc-per-node x --nnodes)"
+        )
+    ranks = cfg.data_parallel(world_size)
+    if train.global_batch % (train.micro_batch * ranks):
+        raise UserError(
+            f"train.global_batch={train.global_batch}: must be a multiple of "
+            f"train.micro_batch={train.micro_batch} x {ranks} data-parallel ranks = "
+            f"{train.micro_batch * ranks}"
+        )
+
+
+def _check_interleaving(cfg: RunConfig, world_size: int) -> None:
+    parallel, train = cfg.parallel, cfg.train
+    name = f"parallel.virtual_pipeline={parallel.virtual_pipeline}"
+    if parallel.chunks == 1:
+        return
+    if parallel.pipeline == 1:
+        raise UserError(
+            f"{name} with parallel.pipeline=1: it divides the layers of pipeline processes; "
+            "set it to null, or parallel.pipeline to 2 or more"
+        )
+    # megatron-core's interleaved schedule; validation passes have as many micro-batches.
+    if cfg.micro_batches(world_size) % parallel.pipeline:
+        group = train.micro_batch * cfg.data_parallel(world_size) * parallel.pipeline
+        raise UserError(
+            f"{name}: the {cfg.micro_batches(world_size)} micro-batches of a step must be a "
+            f"multiple of parallel.pipeline={parallel.pipeline}; make train.global_batch a "
+            f"multiple of {group}, or set parallel.virtual_pipeline=null"
+        )
+
+
+def _check_experts(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> None:
+    parallel, ranks = cfg.parallel, cfg.data_parallel(world_size)
+    if ranks % parallel.expert:
+        raise UserError(
+            f"parallel.expert={parallel.expert}: must divide the {ranks} data-parallel ranks "
+            f"({world_size} processes / parallel.tensor={parallel.tensor} / "
+            f"parallel.pipeline={parallel.pipeline}): {_divisors(ranks)}"
+        )
+    if spec is not None and not spec.expert_layers and parallel.expert > 1:
+        raise UserError(
+            f"parallel.expert={parallel.expert}: the model has no experts to share; set it to 1"
+        )
+    has_experts = bool(spec.expert_layers) if spec is not None else parallel.expert > 1
+    if has_experts and parallel.tensor > 1 and not parallel.sequence:
+        raise UserError(
+            f"parallel.sequence=false with parallel.tensor={parallel.tensor}: megatron-core "
+            "trains experts on tensor ranks only with true; set it to true, or "
+            "parallel.tensor to 1"
+        )
+
+
+def _check_model(cfg: RunConfig, spec: ModelShape) -> None:
+    parallel = cfg.parallel
+    rules = [
+        ("tensor", spec.num_attention_heads, "attention heads"),
+        ("tensor", spec.num_query_groups, "key-value heads (query groups)"),
+        ("tensor", spec.ffn_hidden_size, "feed-forward channels"),
+        ("pipeline", spec.num_layers, "layers"),
+    ]
+    if parallel.chunks > 1:
+        stage = spec.num_layers // parallel.pipeline
+        rules.append(("virtual_pipeline", stage, "layers of a pipeline stage"))
+    if spec.expert_layers:
+        rules.append(("tensor", spec.expert_ffn_hidden_size, "channels of an expert"))
+        rules.append(("expert", spec.experts, "experts"))
+    for name, size, what in rules:
+        parts = getattr(parallel, name)
+        if size % parts:
+            raise UserError(
+                f"parallel.{name}={parts}: must divide the model's {size} {what}: {_divisors(size)}"
+            )
+    if cfg.data.max_length > spec.max_position_embeddings:
+        raise UserError(
+            f"data.max_length={cfg.data.max_length}: must be <= the model's "
+            f"max_position_embeddings={spec.max_position_embeddings}"
+        )
+
+
+def _divisors(size: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)

@@ -1,0 +1,76 @@
+"""What the ranks of whole runs do; apart from the tests: they need not load transformers."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_deft import platform
+from megatron_deft.config import RunConfig, load_config
+from megatron_deft.training.base import read_base
+from megatron_deft.training.run import initialize, run
+
+STEPS = 20
+
+
+def config(base: Path, run_dir: Path, **overrides: Any) -> RunConfig:
+    settings = {
+        "run_dir": run_dir,
+        "model.load": base / "megatron",
+        "model.dtype": "fp32",
+        "data.train_files": f"[{base / 'train.jsonl'}]",
+        "data.show_sample": "false",
+        "data.max_length": 64,
+        "optim.lr": 0.002,
+        "train.global_batch": 8,
+        "train.micro_batch": 2,
+        "train.steps": STEPS,
+        "train.save_at_end": "false",
+        "monitor.tensorboard": "false",
+        "parallel.vocab_pad_multiple": 8,
+        **overrides,
+    }
+    empty = run_dir.parent / "empty.yaml"
+    empty.parent.mkdir(parents=True, exist_ok=True)
+    empty.write_text("{}\n")
+    return load_config(empty, [f"{key}={value}" for key, value in settings.items()])
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
+    os.environ["WORLD_SIZE"] = str(world)
+    for cfg in configs:
+        run(cfg)
+
+
+def move(rank: int, world: int, layouts: Mapping[Any, RunConfig]) -> dict[Any, set[int]]:
+    """Load each run's checkpoint at its layout, save it there at once, and go on training.
+
+    returns: the numbers of steps that this rank's parameters have seen before it goes on
+    """
+    seen = {}
+    for name, cfg in layouts.items():
+        os.environ["WORLD_SIZE"] = str(world)
+        seen[name] = _move(cfg, world)
+    return seen
+
+
+def _move(cfg: RunConfig, world: int) -> set[int]:
+    base = read_base(cfg.model)
+    cfg.validate(world, base.spec)
+    initialize(cfg)
+    from megatron_deft.training.optimizer import steps
+    from megatron_deft.training.trainer import Trainer
+
+    try:
+        trainer = Trainer(cfg, base)
+        trainer.save()
+        seen = steps(trainer.optimizer)
+        trainer.run()
+        return seen
+    finally:
+        platform.shutdown()
