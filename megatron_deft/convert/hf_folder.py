@@ -16,7 +16,6 @@ from tqdm import tqdm
 from megatron_deft.convert.safetensors_io import Stored, header_bytes, read_header
 from megatron_deft.convert.streams import Output, bytes_of, nothing_follows
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

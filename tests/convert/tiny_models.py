@@ -53,7 +53,6 @@ def rotary(theta: float, scaling: dict[str, Any] | None = None, **partial: float
     return {"rope_parameters": {**kind, **(scaling or {}), "rope_theta": theta, **partial}}
 
 
-
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama_mha_untied": LlamaConfig(**COMMON, vocab_size=128, num_key_value_heads=4),
     "llama_gqa_tied": LlamaConfig(
