@@ -1,5 +1,6 @@
 # make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
 # make test         the test suite
+# make test-transformers4   the tests of conversion under transformers 4.57, and between it and 5
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
@@ -7,13 +8,16 @@
 #   make quickstart PYTHON=python3.12 TORCH=torch==2.11.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 TORCH ?= torch==2.13.0
+TRANSFORMERS4 ?= transformers==4.57.*
 VENV ?= .venv
+VENV4 ?= .venv-transformers4
 RESULT ?= tools/bench_results/$(if $(filter bench-convert,$(MAKECMDGOALS)),convert-cpu,cpu).json
 DISK ?= .
 BIN := $(VENV)/bin
+SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test lint format bench bench-convert clean
+.PHONY: install quickstart test test-transformers4 lint format bench bench-convert clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -32,6 +36,18 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# Over the other environment: the same torch and package, and a transformers of its own before them.
+$(VENV4)/.installed: $(VENV)/.installed
+	rm -rf $(VENV4)
+	$(BIN)/python -m venv $(VENV4)
+	cd $(VENV4)/lib/python3.*/site-packages && \
+	    echo "import site; site.addsitedir('$$($(abspath $(BIN))/python -c $(SITE))')" > over.pth
+	$(VENV4)/bin/pip install --quiet '$(TRANSFORMERS4)'
+	touch $@
+
+test-transformers4: $(VENV4)/.installed
+	OTHER_PYTHON=$(abspath $(BIN))/python $(VENV4)/bin/python -m pytest tests/convert tests/transformers4
 
 lint: install
 	$(BIN)/ruff check .

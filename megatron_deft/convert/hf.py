@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import hf_folder, mapping
+from megatron_deft.convert import hf_folder, mapping, portable
 from megatron_deft.convert import verify as proof
 from megatron_deft.convert.hf_folder import Piece, some
 from megatron_deft.convert.mapping import Parameter, Slot
@@ -62,6 +62,8 @@ def import_hf(
         progress_bar("import", total) as bar,
     ):
         hf_folder.copy_companions(folder, target / "hf")
+        # What trains may be another transformers than what wrote it.
+        portable.rewrite_tokenizer_config(target / "hf")
         write_state(target / "state", chunks, bar, hashes.reached)
         folders.write_manifest(
             target,
@@ -127,9 +129,9 @@ def export_hf(
             _require_whole(folder, checksums=large, known=hashes.finish(large))
         uniform = dtypes.pop() if len(dtypes) == 1 else None
         hf_folder.write_json(
-            target / "config.json", hf_folder.portable_config(config, source.spec, uniform)
+            target / "config.json", portable.portable_config(config, source.spec, uniform)
         )
-        _rewrite_tokenizer_config(target / "tokenizer_config.json")
+        portable.rewrite_tokenizer_config(target)
         (target / "README.md").write_text(hf_folder.model_card(manifest), encoding="utf-8")
         if verify:
             proof.require_equal(target, folder, dtype)
@@ -212,9 +214,3 @@ def _tied_copy(pieces: Iterable[Piece]) -> Piece:
         return {copy: embedding.load()[original]}
 
     return Piece({copy: embedding.shapes[original]}, embedding.dtype, load)
-
-
-def _rewrite_tokenizer_config(path: Path) -> None:
-    if path.exists():
-        config: dict[str, Any] = hf_folder.read_json(path, "tokenizer's config")
-        hf_folder.write_json(path, hf_folder.portable_tokenizer_config(config))

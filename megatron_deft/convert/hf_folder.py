@@ -16,7 +16,6 @@ from tqdm import tqdm
 from megatron_deft.convert.safetensors_io import Stored, header_bytes, read_header
 from megatron_deft.convert.streams import Output, bytes_of, nothing_follows
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -207,39 +206,6 @@ def _write_piece(output: Output, piece: Piece) -> None:
         tensor = tensors[name]
         assert (tensor.dtype, tuple(tensor.shape)) == (piece.dtype, shape), name
         output.write(bytes_of(tensor.contiguous()))
-
-
-def portable_config(
-    config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype | None
-) -> dict[str, Any]:
-    """config.json that transformers 4 and 5 read alike.
-
-    transformers 5 writes only `rope_parameters`, which 4 ignores and takes rope_theta 10000; so the
-    rotary parameters are written in both spellings, and so is the dtype.
-    """
-    config = dict(config)
-    scaling = {k: v for k, v in (spec.rope_scaling or {}).items() if v is not None}
-    config.pop("rope_scaling", None)
-    if scaling:
-        config["rope_scaling"] = scaling
-    rotary: dict[str, Any] = {"rope_theta": spec.rope_theta}
-    if spec.rotary_fraction != 1:
-        rotary["partial_rotary_factor"] = spec.rotary_fraction
-    config |= rotary
-    config["rope_parameters"] = {"rope_type": "default", **scaling, **rotary}
-    if dtype is not None:
-        config["dtype"] = config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    return config
-
-
-def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json of transformers 5 in the spelling that 4 reads as well."""
-    config = dict(config)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if isinstance(config.get("extra_special_tokens"), list):  # 4 wants a dict under this name
-        config["additional_special_tokens"] = config.pop("extra_special_tokens")
-    return config
 
 
 def base_name(folder: Path, config: Mapping[str, Any]) -> str:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from megatron_deft.convert import mapping, stages
+from megatron_deft.convert import mapping, portable, stages
 from megatron_deft.convert.hf_folder import Weights, read_json, some
 from megatron_deft.convert.stages import Batch, Dtypes, Facts, Read, Sink, Unit
 from megatron_deft.errors import UserError
+from megatron_deft.models.families import spec_from_hf
 from megatron_deft.platform import device
 
 
@@ -31,14 +32,17 @@ class HuggingFace:
 
     def __init__(self, folder: Path) -> None:
         self.path = self.tokenizer = folder
-        read_json(folder / "config.json", "model's config")
+        self._written = read_json(folder / "config.json", "model's config")
         self._weights = Weights(folder)
 
     @cached_property
     def _config(self) -> Any:
-        from transformers import AutoConfig
+        from transformers import AutoConfig, __version__
 
         try:
+            if __version__.startswith("4.") and portable.only_5_reads(self._written):
+                spec = spec_from_hf(self._written)
+                return AutoConfig.for_model(**portable.portable_config(self._written, spec))
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
         except (ValueError, KeyError, OSError) as error:
             raise UserError(

@@ -63,7 +63,14 @@ def _prompt_ids(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | 
         return torch.empty(0, dtype=torch.int64)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(having[0], local_files_only=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(having[0], local_files_only=True)
+    except Exception as error:  # of many kinds: what a library raises that cannot read a file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{having[0]}: this transformers cannot read the tokenizer ({reason}): download its "
+            "files again, or use the transformers that wrote them"
+        ) from None
     texts = [tokenizer(text)["input_ids"] for text in prompts or PROMPTS]
     ids = torch.tensor([i for text in texts for i in text], dtype=torch.int64)
     if len(ids) and int(ids.max()) >= facts.vocab_size:

@@ -135,7 +135,8 @@ def verify(
     _require_same_facts(*sides)
     dtypes = _dtypes(*sides, DTYPES[dtype] if dtype else None)
     tensors = _compare_tensors(*sides, dtypes)
-    batch = make_batch([side.tokenizer for side in sides], sides[0].facts, prompts)
+    # b's first: that of a weights folder is spelled for every transformers
+    batch = make_batch([side.tokenizer for side in reversed(sides)], sides[0].facts, prompts)
     found = _compare(*sides, batch, dtypes)
     report = Report(found, batch.ids.numel(), None, tensors, int(batch.positions[-1]))
     forced: dict[str, Tensor] | None = None

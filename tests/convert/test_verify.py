@@ -29,7 +29,7 @@ from megatron_deft.data.tiny import make_tiny_llama
 from megatron_deft.errors import UserError
 from megatron_deft.models.families import FAMILIES, ModelSpec
 from megatron_deft.platform import initialize, shutdown
-from tests.convert.tiny_models import COMMON, CONFIGS, make
+from tests.convert.tiny_models import COMMON, CONFIGS, LLAMA3_SCALING, make, rotary
 
 Spoil = Callable[[dict[str, Tensor]], None]
 
@@ -198,25 +198,23 @@ def test_tensors_are_compared_to_the_last_bit(source: Path, tmp_path: Path) -> N
 
 
 def test_a_wrong_theta_is_named(source: Path, weights: Path, tmp_path: Path) -> None:
-    config = json.loads((source / "config.json").read_text())
-    rope = {**config["rope_parameters"], "rope_theta": 10000.0}
-    report = verify(reconfigured(source, tmp_path / "hf", rope_parameters=rope), weights)
+    wrong = rotary(10000.0, LLAMA3_SCALING)
+    report = verify(reconfigured(source, tmp_path / "hf", **wrong), weights)
     assert report.first_difference == "rotary positions"
     assert report.tensors.ok
     assert not report.stages["layer 0"] <= 1e-4
 
 
 def test_dropped_rotary_scaling_is_caught(source: Path, weights: Path, tmp_path: Path) -> None:
-    rope = {"rope_type": "default", "rope_theta": 5000.0}
-    other = reconfigured(source, tmp_path / "hf", rope_parameters=rope)
+    other = reconfigured(source, tmp_path / "hf", **rotary(5000.0))
     with pytest.raises(UserError, match=r"logits differ by .* scale .* first at rotary positions"):
         require_equal(other, weights)
 
 
 def with_linear_scaling(folder: Path, factor: float, positions: int) -> Path:
-    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": factor}
+    rope = rotary(10000.0, {"rope_type": "linear", "factor": factor})
     sizes = {**COMMON, "num_hidden_layers": 1, "max_position_embeddings": positions}
-    return make(folder, LlamaConfig(**sizes, vocab_size=64, rope_parameters=rope))
+    return make(folder, LlamaConfig(**sizes, vocab_size=64, **rope))
 
 
 @pytest.mark.parametrize(("positions", "same"), [(256, True), (131072, False)])

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
@@ -29,21 +30,28 @@ COMMON: dict[str, Any] = {
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
-LLAMA3_ROPE = {
+LLAMA3_SCALING = {
     "rope_type": "llama3",
-    "rope_theta": 5000.0,
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-YARN_ROPE = {
+YARN_SCALING = {
     "rope_type": "yarn",
-    "rope_theta": 700.0,
     "factor": 4.0,
     "beta_fast": 8.0,
     "original_max_position_embeddings": 32,
 }
+
+
+def rotary(theta: float, scaling: dict[str, Any] | None = None, **partial: float) -> dict[str, Any]:
+    """Rotary parameters as the config classes of this transformers take them."""
+    if transformers.__version__.startswith("4."):
+        return {"rope_theta": theta, "rope_scaling": scaling, **partial}
+    kind = {"rope_type": "default"}
+    return {"rope_parameters": {**kind, **(scaling or {}), "rope_theta": theta, **partial}}
+
 
 CONFIGS: dict[str, PretrainedConfig] = {
     "llama_mha_untied": LlamaConfig(**COMMON, vocab_size=128, num_key_value_heads=4),
@@ -56,7 +64,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         num_key_value_heads=2,
         attention_bias=True,
         mlp_bias=True,
-        rope_parameters=LLAMA3_ROPE,
+        **rotary(5000.0, LLAMA3_SCALING),
     ),
     "qwen2_biases": Qwen2Config(**COMMON, vocab_size=150, num_key_value_heads=2),
     "qwen2_mqa_tied": Qwen2Config(
@@ -66,7 +74,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **COMMON, vocab_size=128, num_key_value_heads=2, head_dim=12, sliding_window=None
     ),
     "llama_yarn": LlamaConfig(
-        **COMMON, vocab_size=128, num_key_value_heads=2, rope_parameters=YARN_ROPE
+        **COMMON, vocab_size=128, num_key_value_heads=2, **rotary(700.0, YARN_SCALING)
     ),
     "mistral_window": MistralConfig(
         **COMMON, vocab_size=128, num_key_value_heads=2, sliding_window=8
@@ -119,7 +127,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         **COMMON,
         vocab_size=128,
         num_key_value_heads=2,
-        rope_parameters={"rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        **rotary(500.0, partial_rotary_factor=0.5),
         sliding_window=9,
         pad_token_id=None,
     ),

@@ -24,8 +24,8 @@ PARAMETERS: Mapping[str, Mapping[str, Any]] = {
     "yarn": {
         "factor": REQUIRED,
         "original_max_position_embeddings": REQUIRED,
-        "beta_fast": 32,
-        "beta_slow": 1,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
         "truncate": True,
         "attention_factor": None,
         "mscale": None,
