@@ -68,5 +68,6 @@ def write_context(
         trainer=fiddle.Config(  # type: ignore[arg-type]
             lightning.Trainer, devices=1, accelerator="cpu", strategy=strategy
         ),
+        extra={},
     )
     context.io_dump(folder, yaml_attrs=["model"])
