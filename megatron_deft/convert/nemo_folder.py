@@ -36,6 +36,7 @@ ADAPTER_FILE = "adapter_metadata.json"
 WORDS = "embedding.word_embeddings.weight"
 # Keys of tensors that belong to the optimizer and not to the model.
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
+FUSED_NORM = mapping.CHECKPOINT_NAMES[mapping.PRE_MLP_NORM]
 NORMS = {".post_norm.": ".post_layernorm."}  # our name -> NeMo's (its Gemma 2)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -217,9 +218,11 @@ class State:
         found: dict[Parameter, Slot] = {}
         for parameter in self.parameters:
             for slot in mapping.slots(parameter, self.spec):
-                if (key := self._key(slot)) in stored:
-                    found[parameter] = slot._replace(key=key)
-                    break
+                key = self._key(slot)
+                # Without TransformerEngine NeMo's experts have the name that a fused norm has.
+                for name in (key, key.replace(mapping.PRE_MLP_NORM, FUSED_NORM)):
+                    if parameter not in found and name in stored:
+                        found[parameter] = slot._replace(key=name)
         missing = [p.megatron for p in self.parameters if p not in found]
         unexpected = sorted(stored.keys() - {slot.key for slot in found.values()})
         if missing or unexpected:

@@ -6,6 +6,7 @@ rejected for that; reading needs none of it (convert/nemo_folder.py).
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ INSTALL = "pip install 'nemo-toolkit[lightning,common-only]==2.7.3' nemo-run==0.
 UNFUSED = {
     "apply_rope_fusion": False,
     "persist_layer_norm": False,
+    "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,
 }
 
@@ -43,7 +45,7 @@ def write_context(
 
     Args:
         folder: becomes context/.
-        model, config: classes of nemo.collections.llm.
+        model, config: the class in nemo.collections.llm, and one of its module.
         arguments: of the config class; nothing is instantiated, so that none of its checks asks
             for a GPU.
         tokenizer: folder of a Hugging Face tokenizer; it is copied under its own name.
@@ -56,15 +58,15 @@ def write_context(
     from nemo.collections.llm.gpt.model.base import HAVE_TE
     from nemo.lightning.io import TrainerContext
 
+    model_class = getattr(llm, model)
+    config_class = getattr(import_module(model_class.__module__), config)  # not all are in llm
     defaults = {} if HAVE_TE else UNFUSED
-    parts: dict[str, Any] = {
-        "config": fiddle.Config(getattr(llm, config), **{**defaults, **arguments})
-    }
+    parts: dict[str, Any] = {"config": fiddle.Config(config_class, **{**defaults, **arguments})}
     if tokenizer is not None:
         parts["tokenizer"] = fiddle.Config(AutoTokenizer, str(tokenizer))
     strategy = fiddle.Config(lightning.MegatronStrategy, ckpt_save_optimizer=False)
     context: Any = TrainerContext(
-        model=fiddle.Config(getattr(llm, model), **parts),  # type: ignore[arg-type]
+        model=fiddle.Config(model_class, **parts),  # type: ignore[arg-type]
         trainer=fiddle.Config(  # type: ignore[arg-type]
             lightning.Trainer, devices=1, accelerator="cpu", strategy=strategy
         ),

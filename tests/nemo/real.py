@@ -14,6 +14,9 @@ from megatron.core import dist_checkpointing
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.collections.llm.gpt.model.llama import Llama31Config
+from nemo.collections.llm.gpt.model.mixtral import MixtralConfig
+from nemo.collections.llm.gpt.model.qwen3 import Qwen3Config, Qwen3MoEConfig
 from nemo.lightning import io
 from nemo.lightning.base import teardown
 from nemo.lightning.io import pl
@@ -49,7 +52,7 @@ def models() -> dict[str, tuple[Any, Any]]:
         "llama": (llm.LlamaModel, llm.LlamaConfig(**{**SIZES, "vocab_size": 301})),
         "llama31_tied_bf16": (
             llm.LlamaModel,
-            llm.Llama31Config(
+            Llama31Config(
                 **{**SIZES, **bf16, "vocab_size": 320},
                 scale_factor=4.0,
                 old_context_len=32,
@@ -64,7 +67,7 @@ def models() -> dict[str, tuple[Any, Any]]:
         "qwen2": (llm.Qwen2Model, llm.Qwen2Config(**SIZES, vocab_size=310)),
         "qwen3_tied": (
             llm.Qwen3Model,
-            llm.Qwen3Config(
+            Qwen3Config(
                 **{**SIZES, "share_embeddings_and_output_weights": True},
                 vocab_size=301,
                 kv_channels=16,
@@ -72,11 +75,11 @@ def models() -> dict[str, tuple[Any, Any]]:
         ),
         "qwen3_moe": (
             llm.Qwen3Model,
-            llm.Qwen3MoEConfig(
+            Qwen3MoEConfig(
                 **SIZES, **EXPERTS, vocab_size=301, kv_channels=16, moe_ffn_hidden_size=24
             ),
         ),
-        "mixtral": (llm.MixtralModel, llm.MixtralConfig(**SIZES, **EXPERTS)),
+        "mixtral": (llm.MixtralModel, MixtralConfig(**SIZES, **EXPERTS)),
     }
 
 
@@ -107,8 +110,10 @@ def save(folder: Path, model_class: Any, config: Any, tokenizer: Path) -> None:
         trainer = _trainer(ckpt_save_optimizer=False, always_save_context=True)
         connector.nemo_setup(model, trainer)
         with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter), alpha=0.2)
+            for parameter in model.parameters():  # whose memory nobody has written to
+                noise = torch.randn_like(parameter)
+                wide = parameter.ndim == 2
+                parameter.copy_(noise / parameter.shape[1] ** 0.5 if wide else 1 + 0.2 * noise)
         connector.nemo_save(folder, trainer)
         teardown(trainer, model)
 
