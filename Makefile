@@ -1,5 +1,6 @@
 # make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
 # make test         the test suite
+# make test-nemo    NeMo 2 checkpoints against the real NeMo, in an environment of its own
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
@@ -13,7 +14,7 @@ DISK ?= .
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test lint format bench bench-convert clean
+.PHONY: install quickstart test test-nemo lint format bench bench-convert clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -32,6 +33,23 @@ quickstart: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# NeMo pins half of what is around it, transformers 4 among them: never in .venv.
+NEMO_VENV ?= .venv-nemo
+NEMO := 'nemo-toolkit[lightning,common-only]==2.7.3' nemo-run==0.11.1 leptonai==0.27.3 \
+	tiktoken tensorstore nvidia-modelopt megatron-core==0.16.1
+
+$(NEMO_VENV)/.nemo:
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_VENV)/bin/pip install --quiet 'setuptools>=77' wheel ninja pybind11 pytest $(TORCH) $(NEMO)
+	touch $@
+
+$(NEMO_VENV)/.installed: $(NEMO_VENV)/.nemo $(SOURCES)
+	$(NEMO_VENV)/bin/pip install --quiet --no-build-isolation -e .
+	touch $@
+
+test-nemo: $(NEMO_VENV)/.installed
+	$(NEMO_VENV)/bin/python -m pytest tests/nemo -W ignore
 
 lint: install
 	$(BIN)/ruff check .

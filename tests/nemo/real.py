@@ -23,6 +23,7 @@ from nemo.lightning.io import pl
 from nemo.lightning.io.state import _ModelState
 from torch import Tensor
 
+from megatron_deft.convert.ours import single_process
 from megatron_deft.integrations.nemo_checkpoint import UNFUSED
 from megatron_deft.platform import cpu_platform
 
@@ -153,7 +154,7 @@ def exported(folder: Path) -> tuple[dict[str, Tensor], Any]:
 
 def _layers(folder: Path) -> dict[str, Tensor]:
     """The tensors under TransformerEngine's names, layer by layer and expert by expert."""
-    with platform():
+    with single_process():
         stored = dist_checkpointing.load_plain_tensors(str(folder / "weights"))
     found: dict[str, Tensor] = {}
     for key, value in stored.items():
