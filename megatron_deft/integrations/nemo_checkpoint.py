@@ -20,6 +20,8 @@ UNFUSED = {
     "persist_layer_norm": False,
     "masked_softmax_fusion": False,
     "gradient_accumulation_fusion": False,
+    "moe_permute_fusion": False,
+    "moe_grouped_gemm": False,
 }
 
 

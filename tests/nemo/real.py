@@ -41,8 +41,6 @@ SIZES: dict[str, Any] = {
 EXPERTS: dict[str, Any] = {
     "num_moe_experts": 4,
     "moe_router_topk": 2,
-    "moe_permute_fusion": False,
-    "moe_grouped_gemm": False,
 }
 
 
