@@ -242,10 +242,10 @@ def _extra_states(spec: ModelSpec) -> list[str]:
 def _add_objects(folder: Path, keys: Iterable[str]) -> None:
     """Store None under each of `keys` in the torch_dist checkpoint `folder`: all share one record.
 
-    A byte record of the format is what torch.save wrote, so one of None serves every key.
+    A byte record is what torch.save wrote of megatron's list of shards: one of [None] serves all.
     """
     name = "__objects.distcp"
-    torch.save(None, folder / name)
+    torch.save([None], folder / name)
     place = _StorageInfo(name, 0, (folder / name).stat().st_size)
     metadata = FileSystemReader(folder).read_metadata()
     places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data

@@ -132,7 +132,7 @@ def load(folder: Path, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def exported(folder: Path) -> tuple[dict[str, Tensor], Any]:
-    """Tensors and config.json of a checkpoint, by the mapping of NeMo's own Hugging Face exporter.
+    """Tensors, in fp32, and config.json of a checkpoint, by the mapping of NeMo's own Hugging Face exporter.
 
     Its apply() would load a model of TransformerEngine, so the tensors come from the checkpoint.
     """
@@ -141,9 +141,7 @@ def exported(folder: Path) -> tuple[dict[str, Tensor], Any]:
     exporter.trust_remote_code = False
     target = exporter.init().float()
     source = _ModelState(_layers(folder), context.config)
-    dtypes = {value.dtype for value in source.state_dict().values()}
-    assert len(dtypes) == 1, dtypes
-    found = exporter.convert_state(source, target.to(dtypes.pop()))
+    found = exporter.convert_state(source, target)
     tensors = dict(found.state_dict())
     if found.config.tie_word_embeddings:
         tensors.pop("lm_head.weight")
@@ -155,6 +153,7 @@ def _layers(folder: Path) -> dict[str, Tensor]:
     with single_process():
         stored = dist_checkpointing.load_plain_tensors(str(folder / "weights"))
     found: dict[str, Tensor] = {}
+    experts = any(".experts." in key for key in stored)
     for key, value in stored.items():
         if not isinstance(value, Tensor):
             continue
@@ -163,6 +162,8 @@ def _layers(folder: Path) -> dict[str, Tensor]:
             found[name] = value
             continue
         rest = name.removeprefix("decoder.layers.")
+        if experts and rest == "mlp.linear_fc1.layer_norm_weight":
+            rest = "pre_mlp_layernorm.weight"
         for i, layer in enumerate(value):
             found |= _experts(f"decoder.layers.{i}.{rest}", layer)
     return found
