@@ -132,7 +132,7 @@ def load(folder: Path, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def exported(folder: Path) -> tuple[dict[str, Tensor], Any]:
-    """Tensors, in fp32, and config.json of a checkpoint, by the mapping of NeMo's own Hugging Face exporter.
+    """Tensors, in fp32, and config.json of a checkpoint, as NeMo's own Hugging Face exporter maps.
 
     Its apply() would load a model of TransformerEngine, so the tensors come from the checkpoint.
     """
@@ -140,7 +140,8 @@ def exported(folder: Path) -> tuple[dict[str, Tensor], Any]:
     exporter = context.exporter("hf", folder)
     exporter.trust_remote_code = False
     target = exporter.init().float()
-    source = _ModelState(_layers(folder), context.config)
+    layers = {name: tensor.float() for name, tensor in _layers(folder).items()}
+    source = _ModelState(layers, context.config)
     found = exporter.convert_state(source, target)
     tensors = dict(found.state_dict())
     if found.config.tie_word_embeddings:
