@@ -1,6 +1,7 @@
 # make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
 # make test         the test suite
 # make test-transformers4   the tests of conversion under transformers 4.57, and between it and 5
+# make test-nemo    NeMo 2 checkpoints against the real NeMo, in an environment of its own
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
@@ -11,13 +12,14 @@ TORCH ?= torch==2.13.0
 TRANSFORMERS4 ?= transformers==4.57.*
 VENV ?= .venv
 VENV4 ?= .venv-transformers4
+NEMO_VENV ?= .venv-nemo
 RESULT ?= tools/bench_results/$(if $(filter bench-convert,$(MAKECMDGOALS)),convert-cpu,cpu).json
 DISK ?= .
 BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test test-transformers4 lint format bench bench-convert clean
+.PHONY: install quickstart test test-transformers4 test-nemo lint format bench bench-convert clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -48,6 +50,22 @@ $(VENV4)/.installed: $(VENV)/.installed
 
 test-transformers4: $(VENV4)/.installed
 	OTHER_PYTHON=$(abspath $(BIN))/python $(VENV4)/bin/python -m pytest tests/convert tests/transformers4
+
+# NeMo pins half of what is around it, transformers 4 among them: never in .venv.
+NEMO := 'nemo-toolkit[lightning,common-only]==2.7.3' nemo-run==0.11.1 leptonai==0.27.3 \
+	tiktoken tensorstore nvidia-modelopt megatron-core==0.16.1
+
+$(NEMO_VENV)/.nemo:
+	$(PYTHON) -m venv $(NEMO_VENV)
+	$(NEMO_VENV)/bin/pip install --quiet 'setuptools>=77' wheel ninja pybind11 pytest $(TORCH) $(NEMO)
+	touch $@
+
+$(NEMO_VENV)/.installed: $(NEMO_VENV)/.nemo $(SOURCES)
+	$(NEMO_VENV)/bin/pip install --quiet --no-build-isolation -e .
+	touch $@
+
+test-nemo: $(NEMO_VENV)/.installed
+	$(NEMO_VENV)/bin/python -m pytest tests/nemo -W ignore
 
 lint: install
 	$(BIN)/ruff check .

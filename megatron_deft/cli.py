@@ -20,8 +20,12 @@ from typing import Any
 
 from megatron_deft.benchmarks.arguments import BENCHMARKS
 from megatron_deft.convert.arguments import (
+    add_export_arguments,
+    add_import_arguments,
     add_inspect_arguments,
     add_verify_arguments,
+    run_export,
+    run_import,
     run_inspect,
     run_verify,
 )
@@ -108,26 +112,6 @@ def _train(args: Arguments) -> int:
     return launch(["-m", "megatron_deft", "train", args.config, *overrides, *again], nodes)
 
 
-def _convert_import(args: Arguments) -> int:
-    from megatron_deft.convert.hf import import_hf
-
-    import_hf(args.hf, args.out, args.dtype, args.overwrite, args.verify)
-    print(f"{args.out}: weights for model.load" + _proof(args.verify))
-    return 0
-
-
-def _convert_export(args: Arguments) -> int:
-    from megatron_deft.convert.hf import export_hf
-
-    export_hf(args.checkpoint, args.out, args.dtype, args.overwrite, args.verify)
-    print(f"{args.out}: a Hugging Face folder" + _proof(args.verify))
-    return 0
-
-
-def _proof(verified: bool) -> str:
-    return ", logits equal to the source's" if verified else ", not verified"
-
-
 def _evaluate_figfont(args: Arguments) -> int:
     from megatron_deft.evaluation.figfont import evaluate
 
@@ -211,28 +195,23 @@ def _add_train(commands: Group) -> None:
 
 
 def _add_convert(commands: Group) -> None:
-    group = _group(commands, "convert", "Between Hugging Face folders and training weights")
-    imported = _command(
-        group, "import", _convert_import,
-        "Convert a Hugging Face folder into weights for model.load. The result is free of any "
-        "parallel layout, and is compared with the original logit by logit before it is kept.",
-        "convert import Qwen2.5-1.5B weights/qwen2.5-1.5b",
-    )  # fmt: skip
-    imported.add_argument("hf", metavar="HF_FOLDER", help="config.json, safetensors, tokenizer")
-    exported = _command(
-        group, "export", _convert_export,
-        "Convert trained weights into a Hugging Face folder that transformers and vLLM read. "
+    group = _group(commands, "convert", "Between Hugging Face, NeMo 2 and training weights")
+    add_import_arguments(_command(
+        group, "import", run_import,
+        "Convert a Hugging Face folder, or a NeMo 2 checkpoint, into weights for model.load. The "
+        "result is free of any parallel layout, and is compared with the original before it is "
+        "kept: logit by logit, or with NeMo's tensor by tensor. NeMo need not be installed.",
+        "convert import Qwen2.5-1.5B weights/qwen2.5-1.5b\n"
+        "  megatron-deft convert import nemo://meta-llama/Llama-3.1-8B weights/llama3.1-8b",
+    ))  # fmt: skip
+    add_export_arguments(_command(
+        group, "export", run_export,
+        "Convert trained weights into a Hugging Face folder that transformers and vLLM read, or "
+        "into a NeMo 2 checkpoint; the latter where NeMo is installed. "
         "CHECKPOINT is a checkpoint, a run folder (its latest checkpoint) or imported weights.",
-        "convert export runs/deft hf/deft",
-    )  # fmt: skip
-    exported.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint, run or weights")
-    for parser in (imported, exported):
-        parser.add_argument("out", metavar="OUT", help="folder to write")
-        parser.add_argument("--dtype", choices=("fp32", "bf16"), help="convert to it [as stored]")
-        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
-        parser.add_argument(
-            "--no-verify", dest="verify", action="store_false", help="do not compare the logits"
-        )
+        "convert export runs/deft hf/deft\n"
+        "  megatron-deft convert export runs/deft nemo/deft --format nemo",
+    ))  # fmt: skip
     add_verify_arguments(_command(
         group, "verify", run_verify,
         "Compare two models, each a Hugging Face folder or one of ours. Every tensor is compared "

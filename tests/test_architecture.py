@@ -24,7 +24,8 @@ ROOMS = {
     "platform": {"errors"},
     "models": {"errors", "platform"},
     "data": {"errors", "files", "config"},
-    "convert": {"errors", "files", "checkpoint_folder", "platform", "models"},
+    "integrations": {"errors"},
+    "convert": {"errors", "files", "checkpoint_folder", "platform", "models", "integrations"},
     "evaluation": {"errors", "files", "checkpoint_folder", "data", "platform"},
     "training": {
         "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",

@@ -107,8 +107,10 @@ def test_the_examples_parse(capsys):
     for command in COMMANDS:
         with pytest.raises(SystemExit):
             main([*command, "--help"])
-        example = capsys.readouterr().out.split("example:\n  megatron-deft ")[1].split()
-        assert callable(cli._parse(example).call)
+        for example in capsys.readouterr().out.split("example:\n")[1].splitlines():
+            name, *words = example.split()
+            assert name == "megatron-deft"
+            assert callable(cli._parse(words).call)
 
 
 def test_version_and_module(capsys):

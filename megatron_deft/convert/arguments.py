@@ -1,9 +1,73 @@
-"""The commands `convert verify` and `convert inspect`; light imports, so that --help is instant."""
+"""The commands of `convert`; light imports, so that --help is instant."""
 
 from __future__ import annotations
 
 import argparse
 import json
+
+
+def add_import_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `convert import`."""
+    parser.add_argument(
+        "source", metavar="MODEL",
+        help="config.json, safetensors, tokenizer; or context/ and weights/ of NeMo 2, where "
+        "nemo://NAME is looked for in NEMO_MODELS_CACHE, NEMO_HOME/models, ~/.cache/nemo/models",
+    )  # fmt: skip
+    _add_conversion_arguments(parser)
+
+
+def add_export_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `convert export`."""
+    add = parser.add_argument
+    add("checkpoint", metavar="CHECKPOINT", help="checkpoint, run or weights")
+    add("--format", choices=("hf", "nemo"), default="hf", help="of OUT [hf]")
+    _add_conversion_arguments(parser)
+
+
+def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder to write")
+    add("--dtype", choices=("fp32", "bf16"), help="convert to it [as stored]")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--no-verify", dest="verify", action="store_false", help="do not compare with the source")
+
+
+def run_import(args: argparse.Namespace) -> int:
+    """Convert a Hugging Face folder or a NeMo 2 checkpoint; returns 0."""
+    from megatron_deft.convert.nemo_folder import is_nemo
+
+    rest = args.out, args.dtype, args.overwrite, args.verify
+    if nemo := is_nemo(args.source):
+        from megatron_deft.convert.nemo import import_nemo
+
+        import_nemo(args.source, *rest)
+    else:
+        from megatron_deft.convert.hf import import_hf
+
+        import_hf(args.source, *rest)
+    print(f"{args.out}: weights for model.load" + _proof(args.verify, nemo))
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Convert to a Hugging Face folder or a NeMo 2 checkpoint; returns 0."""
+    rest = args.out, args.dtype, args.overwrite, args.verify
+    if nemo := args.format == "nemo":
+        from megatron_deft.convert.nemo import export_nemo
+
+        export_nemo(args.checkpoint, *rest)
+    else:
+        from megatron_deft.convert.hf import export_hf
+
+        export_hf(args.checkpoint, *rest)
+    made = "a NeMo 2 checkpoint" if nemo else "a Hugging Face folder"
+    print(f"{args.out}: {made}" + _proof(args.verify, nemo))
+    return 0
+
+
+def _proof(verified: bool, nemo: bool) -> str:
+    compared = "tensors" if nemo else "logits"
+    return f", {compared} equal to the source's" if verified else ", not verified"
 
 
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:

@@ -50,8 +50,8 @@ def import_hf(
     layout loads it. Errors: UserError naming the file, tensor or config field at fault.
     """
     folder, out = hf_folder.find(hf_dir), Path(out)
-    _check_target(out, folder, overwrite, folders.MANIFEST)
-    target_dtype = _dtype(dtype)
+    check_target(out, folder, overwrite, folders.MANIFEST)
+    target_dtype = named_dtype(dtype)
     source = HFSource(folder)
     chunks = _chunks(source, target_dtype)
     logger.info("importing %d tensors of %s", len(source.weights.tensors), folder)
@@ -103,11 +103,11 @@ def export_hf(
     Errors: UserError naming the file, tensor or setting at fault.
     """
     folder, out = folders.resolve(folder), Path(out)
-    _check_target(out, folder, overwrite, "config.json")
-    target_dtype = _dtype(dtype)
+    check_target(out, folder, overwrite, "config.json")
+    target_dtype = named_dtype(dtype)
     manifest = folders.read_manifest(folder)
     large = {name for name in manifest["files"] if name.endswith(DATA_SUFFIX)}
-    _require_whole(folder, checksums=manifest["files"].keys() - large)
+    require_whole(folder, checksums=manifest["files"].keys() - large)
     hashes = folders.FollowingHashes(folder)
     follow = verify or manifest["kind"] == "weights"
     source = StateSource(folder, hashes.reached if follow else nothing_follows)
@@ -126,7 +126,7 @@ def export_hf(
         hf_folder.copy_companions(folder / "hf", target)
         hf_folder.write_weights(target, pieces, shard_bytes, bar)
         if follow:
-            _require_whole(folder, checksums=large, known=hashes.finish(large))
+            require_whole(folder, checksums=large, known=hashes.finish(large))
         uniform = dtypes.pop() if len(dtypes) == 1 else None
         hf_folder.write_json(
             target / "config.json", portable.portable_config(config, source.spec, uniform)
@@ -138,7 +138,8 @@ def export_hf(
     return out
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def named_dtype(name: str | None) -> torch.dtype | None:
+    """The dtype that --dtype names; None for None. Errors: UserError with the legal names."""
     if name is not None and name not in proof.DTYPES:
         legal = ", ".join(proof.DTYPES)
         raise UserError(
@@ -153,12 +154,13 @@ def _needs(weights: int, tensors: int, companions: Path) -> int:
     return weights + tensors * HEADER_BYTES + copied
 
 
-def _require_whole(source: Path, **how: Any) -> None:
+def require_whole(source: Path, **how: Any) -> None:
+    """Errors: UserError with what checkpoint_folder.verify(source, **how) found."""
     if problems := folders.verify(source, **how):
         raise UserError(f"{source} is damaged: {'; '.join(problems)}: use another checkpoint")
 
 
-def _check_target(out: Path, source: Path, overwrite: bool, marker: str) -> None:
+def check_target(out: Path, source: Path, overwrite: bool, marker: str) -> None:
     """Refuse to write over the source, or over a folder that is not of the kind to be written."""
     if out.resolve() in (source.resolve(), *source.resolve().parents):
         raise UserError(f"{out} holds the source {source}: name another output folder")
