@@ -151,7 +151,9 @@ class Trainer:
         if cfg.parallel.overlap_grad_reduce:
             tcfg.no_sync_func = self.ddp.no_sync
         self.position = Position()
-        self.base = checkpoint_folder.read_manifest(folder).get("base")
+        manifest = checkpoint_folder.read_manifest(folder)
+        self.base, self.license = manifest.get("base"), manifest.get("license")
+        self.tokens: int | None = 0  # of all samples so far; None: an older run did not count
         if resume is not None:
             self._resume(resume)
 
@@ -160,6 +162,8 @@ class Trainer:
             self.cfg, self.spec, folder, self.model, self.optimizer
         )
         self.base = manifest.get("base", self.base)
+        self.license = manifest.get("license", self.license)
+        self.tokens = manifest.get("tokens")
         if manifest["samples"] != len(self.data.train):
             notes.append(
                 f"the data changed: {manifest['samples']} samples when {folder.name} was saved, "
@@ -233,6 +237,7 @@ class Trainer:
             say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
         seconds = time.perf_counter() - begin
         tokens = int(data.train.lengths[batch].sum())
+        self.tokens = None if self.tokens is None else self.tokens + tokens
         return metrics | {
             "lr": lr,
             "tokens": tokens,
@@ -299,6 +304,8 @@ class Trainer:
                 "spec": self.spec.to_json(),
                 "objective": self.attachment.objective.spec,
                 "base": self.base,
+                "license": self.license,
+                "tokens": self.tokens,
                 "samples": len(self.data.train),
                 "config": to_dict(self.cfg),
             },
