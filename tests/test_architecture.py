@@ -19,20 +19,24 @@ ROOMS = {
     "objectives": {"errors"},
     "config": {"errors", "objectives"},
     "checkpoint_folder": {"errors", "files"},
+    "revision": set(),
     "ops": {"errors"},
     "loss": {"errors", "objectives", "ops"},
     "platform": {"errors"},
     "models": {"errors", "platform"},
     "data": {"errors", "files", "config"},
     "integrations": {"errors"},
-    "convert": {"errors", "files", "checkpoint_folder", "platform", "models", "integrations"},
+    "convert": {
+        "errors", "files", "checkpoint_folder", "platform", "models", "integrations", "revision"
+    },
     "evaluation": {"errors", "files", "checkpoint_folder", "data", "platform"},
     "training": {
         "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",
-        "platform", "objectives",
+        "platform", "objectives", "revision",
     },
     "benchmarks": {
         "errors", "files", "objectives", "ops", "loss", "platform", "models", "convert",
+        "revision",
     },
     "launch": {"errors"},
     "doctor": {"ops", "models", "platform"},

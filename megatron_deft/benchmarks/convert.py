@@ -22,6 +22,7 @@ from megatron_deft.benchmarks.peers import version
 from megatron_deft.benchmarks.report import budget_table, columns
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write, require_space
+from megatron_deft.revision import ROOT, commit
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def _header(args: Namespace, size: int) -> dict[str, Any]:
     return {
         "benchmark": "convert",
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
+        "commit": commit(),
         "machine": machine.machine("cpu"),
         "versions": machine.versions()
         | {package: version(package) for package in ("transformers", "safetensors")},
@@ -158,7 +159,7 @@ def convert(*arguments: str | Path) -> Measured:
 
     Errors: UserError with what the process said when it failed.
     """
-    path = os.pathsep.join(filter(None, [str(machine.ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     command = [sys.executable, "-c", CHILD, *(["convert", *map(str, arguments)] * bool(arguments))]
     start = time.perf_counter()
     done = subprocess.run(

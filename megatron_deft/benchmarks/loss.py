@@ -27,6 +27,7 @@ from megatron_deft.benchmarks.timing import CpuClock, CudaClock, clock_for, inte
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 from megatron_deft.objectives import parse
+from megatron_deft.revision import commit
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ def _header(args: Namespace, chosen: Settings) -> dict[str, Any]:
         "benchmark": "loss",
         "complete": False,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine.commit(),
+        "commit": commit(),
         "machine": {},
         "versions": machine.versions(),
         "operators": machine.operators(chosen.device),

@@ -1,4 +1,4 @@
-"""Where a measurement was made: the machine, the versions, the commit."""
+"""Where a measurement was made: the machine and the versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from megatron_deft import __version__
 from megatron_deft.benchmarks.peers import version
 from megatron_deft.ops import implementation, native
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "megatron-core", "liger-kernel", "transformer-engine", "triton")
 
 
@@ -76,15 +75,3 @@ def versions() -> dict[str, str | None]:
 def operators(device: str) -> str:
     """Whose kernels token_loss runs on the device: "native" or "reference"."""
     return implementation(torch.device(device)).__name__.rpartition(".")[2]
-
-
-def commit() -> str | None:
-    """The commit of the sources, "+dirty" when they differ from it.
-
-    Outside a checkout (a plain copy on a GPU machine) what MEGATRON_DEFT_COMMIT says, else None.
-    """
-    head = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
-    if head is None or _output("git", "-C", str(ROOT), "rev-parse", "--show-toplevel") != str(ROOT):
-        return os.environ.get("MEGATRON_DEFT_COMMIT")
-    changed = _output("git", "-C", str(ROOT), "status", "--porcelain")
-    return head if changed == "" else f"{head}+dirty"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import hf_folder, mapping, portable
+from megatron_deft.convert import card, hf_folder, mapping, portable
 from megatron_deft.convert import verify as proof
 from megatron_deft.convert.hf_folder import Piece, some
 from megatron_deft.convert.mapping import Parameter, Slot
@@ -71,6 +71,7 @@ def import_hf(
             kind="weights",
             spec=source.spec.to_json(),
             base=hf_folder.base_name(folder, source.config),
+            license=card.read_license(folder),
             dtype=dtype,
             tied_copy=source.tied_copy,
         )
@@ -132,7 +133,7 @@ def export_hf(
             target / "config.json", portable.portable_config(config, source.spec, uniform)
         )
         portable.rewrite_tokenizer_config(target)
-        (target / "README.md").write_text(hf_folder.model_card(manifest), encoding="utf-8")
+        (target / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
         if verify:
             proof.require_equal(target, folder, dtype)
     return out

@@ -217,26 +217,6 @@ def base_name(folder: Path, config: Mapping[str, Any]) -> str:
     return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else folder.absolute().name
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
-    """README.md: what the model is, what it was trained from, with which objective, how long."""
-    base, objective, step = (manifest.get(key) for key in ("base", "objective", "step"))
-    head = ["library_name: transformers"]
-    if base and "/" in base:
-        head.append(f"base_model: {base}")
-    head += ["tags:", "- megatron_deft"]
-    if objective:
-        head.append("- " + re.split(r"\W", objective)[0])  # deft of deft(eps=1e-06)
-    facts = {
-        "Family": manifest["spec"]["family"],
-        "Base model": base,
-        "Objective": objective,
-        "Optimizer steps": step if manifest["kind"] == "training" else None,
-    }
-    lines = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
-    front = "\n".join(["---", *head, "---"])
-    return f"{front}\n\nExported from Megatron by megatron_deft.\n\n" + "\n".join(lines) + "\n"
-
-
 def some(names: Sequence[str], limit: int = 5) -> str:
     """Names for an error message: the first few, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -1,6 +1,6 @@
 """What a run starts from: weights of ours (model.load) or a Hugging Face folder (model.hf)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ class Base:
     key:     the configuration's: "model.load=PATH" or "model.hf=PATH"
     spec:    its architecture
     name:    what the model card calls it; None when unknown
+    license: the metadata of the model card that say under which licence it is
     files:   folder with config.json and the tokenizer
     load:    fills the GPTModel chunks of this rank; every rank calls it
     """
@@ -26,6 +27,7 @@ class Base:
     key: str
     spec: ModelSpec
     name: str | None
+    license: Mapping[str, Any] | None
     files: Path
     load: Callable[[Sequence[Any]], None]
 
@@ -50,7 +52,8 @@ def _weights(load: str) -> Base:
     folder = checkpoint_folder.resolve(path)
     manifest = checkpoint_folder.read_manifest(folder)
     spec = ModelSpec.from_json(manifest["spec"])
-    return Base(key, spec, manifest.get("base"), folder / "hf", partial(_load_weights, folder))
+    name, licence = manifest.get("base"), manifest.get("license")
+    return Base(key, spec, name, licence, folder / "hf", partial(_load_weights, folder))
 
 
 def _load_weights(folder: Path, chunks: Sequence[Any]) -> None:
@@ -63,6 +66,7 @@ def _load_weights(folder: Path, chunks: Sequence[Any]) -> None:
 
 def _hugging_face(hf: str) -> Base:
     from megatron_deft.convert import hf_folder
+    from megatron_deft.convert.card import read_license
     from megatron_deft.convert.sources import HFSource
 
     if (Path(hf) / checkpoint_folder.MANIFEST).exists():
@@ -70,7 +74,8 @@ def _hugging_face(hf: str) -> Base:
     folder = hf_folder.find(hf)
     source = HFSource(folder)
     name = hf_folder.base_name(folder, source.config)
-    return Base(f"model.hf={hf}", source.spec, name, folder, partial(_load_hf, source))
+    licence = read_license(folder)
+    return Base(f"model.hf={hf}", source.spec, name, licence, folder, partial(_load_hf, source))
 
 
 def _load_hf(source: Any, chunks: Sequence[Any]) -> None:

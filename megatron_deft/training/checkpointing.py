@@ -26,6 +26,7 @@ from megatron_deft.convert import hf_folder
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.revision import revision
 from megatron_deft.training.optimizer import restore, sharded_state, steps
 
 
@@ -130,6 +131,7 @@ def save(
             files={name: entry for part in hashes for name, entry in part.items()},
             consumed=position.consumed,
             layout=_layout(),
+            revision=revision(),
             **fields,
         )
         publish_folder(temporary, final)

@@ -140,7 +140,8 @@ class Trainer:
         )
         self.optimizer = build_optimizer(cfg, self.ddp)
         self.position = Position()
-        self.base = base.name
+        self.base, self.license = base.name, base.license
+        self.tokens: int | None = 0  # of all samples so far; None: an older run did not count
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
         if resume is not None:
             self._resume(resume)
@@ -150,6 +151,8 @@ class Trainer:
             self.cfg, self.spec, folder, self.model, self.optimizer
         )
         self.base = manifest.get("base", self.base)
+        self.license = manifest.get("license", self.license)
+        self.tokens = manifest.get("tokens")
         if manifest["samples"] != len(self.data.train):
             notes.append(
                 f"the data changed: {manifest['samples']} samples when {folder.name} was saved, "
@@ -227,6 +230,7 @@ class Trainer:
             say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
         seconds = time.perf_counter() - begin
         tokens = int(data.train.lengths[batch].sum())
+        self.tokens = None if self.tokens is None else self.tokens + tokens
         return metrics | {
             "lr": lr,
             "tokens": tokens,
@@ -294,6 +298,8 @@ class Trainer:
                 "spec": self.spec.to_json(),
                 "objective": self.attachment.objective.spec,
                 "base": self.base,
+                "license": self.license,
+                "tokens": self.tokens,
                 "samples": len(self.data.train),
                 "config": to_dict(self.cfg),
             },

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import hf, hf_folder, mapping, portable
+from megatron_deft.convert import card, hf, hf_folder, mapping, portable
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.data.tiny import CHAT_TEMPLATE, make_tiny_llama
 from megatron_deft.errors import UserError
@@ -136,27 +137,6 @@ def test_tokenizer_template_and_model_card(tmp_path: Path) -> None:
     assert ours(text)["input_ids"] == reference.encode(text).ids
     assert ours.chat_template == CHAT_TEMPLATE
     assert "base_model: owner/model\n" in (again / "README.md").read_text()
-
-
-def test_model_card_of_a_checkpoint() -> None:
-    manifest = {
-        "kind": "training",
-        "spec": {"family": "qwen2"},
-        "step": 20,
-        "objective": "deft(eps=1e-06)",
-        "base": "a/b",
-    }
-    card = hf_folder.model_card(manifest)
-    front, text = card.removeprefix("---\n").split("\n---\n")
-    assert front.splitlines() == [
-        "library_name: transformers",
-        "base_model: a/b",
-        "tags:",
-        "- megatron_deft",
-        "- deft",
-    ]
-    for line in ("- Base model: a/b", "- Objective: deft(eps=1e-06)", "- Optimizer steps: 20"):
-        assert line in text.splitlines()
 
 
 def test_extra_special_tokens_are_spelled_for_transformers_4() -> None:
@@ -339,17 +319,21 @@ def test_a_wrong_transform_is_caught_before_the_folder_appears(
     assert "checked" not in names(tmp_path)
 
 
-@pytest.mark.parametrize("moment", ["write_weights", "model_card"])
+@pytest.mark.parametrize(("module", "moment"), [(hf_folder, "write_weights"), (card, "model_card")])
 def test_interrupted_export_leaves_nothing(
-    tied_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+    tied_weights: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    moment: str,
 ) -> None:
-    real = getattr(hf_folder, moment)
+    real = getattr(module, moment)
 
     def interrupted(*args: Any) -> None:
         real(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(hf_folder, moment, interrupted)
+    monkeypatch.setattr(module, moment, interrupted)
     with pytest.raises(KeyboardInterrupt):
         export_hf(tied_weights, tmp_path / "out")
     assert names(tmp_path) == set()
