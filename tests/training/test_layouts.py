@@ -41,7 +41,9 @@ EP4: Keys = {"parallel.expert": 4}
 PLAIN: Keys = {"parallel.distributed_optimizer": "false"}
 OVERLAP: Keys = {"parallel.overlap_grad_reduce": "true"}
 BF16: Keys = {"model.dtype": "bf16"}
+DROPOUT: Keys = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 STILL: Keys = {"optim.lr": 1e-30}  # too small to change a bit of a weight
+OTHER_NUMBERS = {*BF16, *DROPOUT, *STILL}  # than one process's
 # Four micro-batches per rank where there are two data-parallel ranks, two where there are four.
 COMMON_KEYS: Keys = {"train.global_batch": 16, "train.save_every": 1, "optim.warmup_ratio": 0}
 
@@ -63,6 +65,7 @@ RUNS: dict[str, Run] = {
     "experts TP2 EP2 bf16": Run("experts", SEQUENCE | EP2 | BF16, (PP2 | EP2,)),
     "experts PP2 EP2 plain": Run("experts", PP2 | EP2 | PLAIN, (EP4,)),
     "experts EP2 plain bf16": Run("experts", EP2 | PLAIN | BF16, ({},)),
+    "experts VPP2 EP2 dropout": Run("experts", VPP2 | EP2 | DROPOUT, (VPP2 | EP2,)),
     "experts VPP2 EP2 still": Run("experts", VPP2 | EP2 | STILL),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
@@ -125,7 +128,7 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
     configs = {}
     for name, number in HOPS:
         run = RUNS[name]
-        layout = {key: value for key, value in run.keys.items() if key in (*PLAIN, *BF16)}
+        layout = {key: value for key, value in run.keys.items() if key in (*PLAIN, *BF16, *DROPOUT)}
         layout |= run.hops[number - 1]
         start = step_folder(moved_to(trained, name, number - 1), 2)
         keys = {**COMMON_KEYS, "train.steps": 3, "train.save_at_end": "false"}
@@ -136,9 +139,7 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
     return {hop: set().union(*(rank[hop] for rank in ranks)) for hop in configs}
 
 
-@pytest.mark.parametrize(
-    "name", [n for n, run in RUNS.items() if not {*BF16, *STILL} & {*run.keys}]
-)
+@pytest.mark.parametrize("name", [n for n, run in RUNS.items() if not OTHER_NUMBERS & {*run.keys}])
 def test_a_layout_trains_as_one_process(trained: Path, name: str) -> None:
     whole, split = trained / f"{RUNS[name].model} whole", trained / name
     losses = curve(whole)
@@ -175,6 +176,8 @@ def test_state_moves_bit_for_bit_and_training_goes_on(
     assert before.keys() == parameters | states
     assert_same_tensors(after, before)
     resumed, uninterrupted = (curve(moved_to(trained, name, n))[-1] for n in (number, 0))
+    if "dropout" in name:  # at the same layout, which draws on
+        assert resumed == uninterrupted
     assert resumed == pytest.approx(uninterrupted, rel=2e-2 if "bf16" in name else 1e-4)
 
 
