@@ -11,6 +11,7 @@ from typing import Any
 import lightning
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers import AutoTokenizer
@@ -122,9 +123,10 @@ def load(folder: Path, ids: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     with platform():
         trainer = _trainer(ddp="pytorch", setup_optimizers=False)
         model, _ = io.ModelConnector(str(folder)).nemo_load(folder, trainer)
-        model.eval()
+        model.eval().float()  # bf16's rounding would hide what is to be compared
         weights = {k: v.clone() for k, v in model.state_dict().items() if v is not None}
         positions = torch.arange(ids.shape[1]).expand_as(ids)
+        model_parallel_cuda_manual_seed(1)  # which dropout of 0 asks for
         with torch.no_grad():
             logits = model.module(ids, positions, None)
         teardown(trainer, model)
