@@ -95,13 +95,8 @@ def test_a_run(trained: Path) -> None:
     assert found.origin["step"] == 2
     assert found.origin["objective"] == "dft"
     assert found.origin["samples"] == 8
-    assert found.origin["layout"] == {
-        "tensor": 1,
-        "pipeline": 1,
-        "virtual": 1,
-        "expert": 1,
-        "data": 1,
-    }
+    sizes = ("tensor", "pipeline", "virtual", "expert", "data")
+    assert found.origin["layout"] == dict.fromkeys(sizes, 1)
     assert found.origin["data"][0].endswith("train.jsonl")
     assert found.optimizer
     values = {e.name: e for e in found.tensors}
