@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import card, hf_folder, mapping, portable
+from megatron_deft.convert import card, hf_folder, mapping, portable, tokenizer
 from megatron_deft.convert import verify as proof
 from megatron_deft.convert.hf_folder import Piece, Weights, some
 from megatron_deft.convert.mapping import Parameter, Slot
@@ -60,6 +60,7 @@ def import_hf(
     target_dtype = _dtype(dtype)
     config = hf_folder.read_json(source / "config.json", "model's config")
     spec = spec_from_hf(config)
+    tokenizer.check_vocabulary(source, spec.vocab_size)
     weights = Weights(source)
     parameters = mapping.parameters(spec)
     tied_copy = _account_hf(source, weights, parameters, spec)
@@ -146,6 +147,8 @@ def export_hf(
         (target / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
         if verify:
             proof.require_equal(target, source, dtype)
+            if warning := tokenizer.disagreement(target):
+                logger.warning("%s", warning)
     return out
 
 

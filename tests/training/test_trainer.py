@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from megatron_deft import platform
+from megatron_deft.checkpoint_folder import read_manifest
 from megatron_deft.config import RunConfig, load_config
 from megatron_deft.errors import UserError
+from megatron_deft.revision import revision
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
 
@@ -153,6 +155,9 @@ def test_resume_equals_uninterrupted_to_the_last_digit(
     resumed = metrics(run_dir)
     assert [line["step"] for line in resumed] == list(range(1, 7))
     assert same_but_time(resumed) == same_but_time(uninterrupted)
+    manifest = read_manifest(run_dir / "checkpoints" / "step_00000006")
+    assert manifest["tokens"] == sum(line["tokens"] for line in resumed)
+    assert manifest["revision"] == revision()
 
 
 def test_resume_at_another_layout(base: Path, tmp_path: Path) -> None:
