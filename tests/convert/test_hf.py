@@ -290,6 +290,7 @@ def test_a_damaged_checkpoint_is_named_at_export(tied_weights: Path, tmp_path: P
         ("vocab_size", 261, r"has shape \[260, 32\], the model's spec says \[261, 32\]"),
         ("qkv_bias", True, r"misses decoder\.layers\.0\.self_attention\.linear_qkv\.bias"),
         ("tied_embeddings", False, r"misses output_layer\.weight"),
+        ("family", "mamba2", r"model family 'mamba2' has no conversion table: legal are gemma2, "),
     ],
 )
 def test_a_state_of_another_model_is_refused(
