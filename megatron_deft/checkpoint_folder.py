@@ -1,7 +1,8 @@
 """The folder a checkpoint or a set of imported weights lives in, and how to tell that it is whole.
 
     FOLDER/megatron_deft.json  the manifest: kind, spec, step, objective, every file's checksum
-    FOLDER/hf/                 config.json, generation_config.json, tokenizer files, as they came
+    FOLDER/hf/                 config.json, generation_config.json, tokenizer files, as they came;
+                               but tokenizer_config.json is spelled for transformers 4 and 5
     FOLDER/state/              megatron dist_checkpointing (torch_dist), free of parallel layout
     RUN/checkpoints/step_00000020/, RUN/checkpoints/latest     the folders of one training run
 

@@ -63,7 +63,9 @@ def test_every_command_parses() -> None:
             assert not rest or words[0] == "train", line  # whose rest are overrides of keys
 
 
-@pytest.mark.parametrize("make_target", ["quickstart", "test", "lint", "bench", "bench-convert"])
+@pytest.mark.parametrize(
+    "make_target", ["quickstart", "test", "test-transformers4", "lint", "bench", "bench-convert"]
+)
 def test_make_targets_exist(make_target: str) -> None:
     assert re.search(rf"^{make_target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert f"make {make_target}" in README

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import card, hf_folder, mapping, portable
+from megatron_deft.convert import card, hf_folder, mapping, portable, tokenizer
 from megatron_deft.convert import verify as proof
 from megatron_deft.convert.hf_folder import Piece, some
 from megatron_deft.convert.mapping import Parameter, Slot
@@ -53,6 +53,7 @@ def import_hf(
     check_target(out, folder, overwrite, folders.MANIFEST)
     target_dtype = named_dtype(dtype)
     source = HFSource(folder)
+    tokenizer.check_vocabulary(folder, source.spec.vocab_size)
     chunks = _chunks(source, target_dtype)
     logger.info("importing %d tensors of %s", len(source.weights.tensors), folder)
     total = sum(chunk.bytes for chunk in chunks)
@@ -136,6 +137,8 @@ def export_hf(
         (target / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
         if verify:
             proof.require_equal(target, folder, dtype)
+            if warning := tokenizer.disagreement(target):
+                logger.warning("%s", warning)
     return out
 
 

@@ -41,6 +41,7 @@ SPELLINGS: Mapping[str, Callable[[ModelSpec], Any]] = {
     "rope_parameters": _rope_parameters,  # by 5
     "num_experts": lambda spec: spec.experts or None,  # by 4 for Qwen3-MoE, by vLLM
     "num_local_experts": lambda spec: spec.experts or None,  # by 5, by both for Mixtral
+    "architectures": lambda spec: [FAMILIES[spec.family].architecture],  # vLLM chooses by it
     # What 4 leaves out or writes as null, where a reader would have to know the class's default.
     "head_dim": lambda spec: spec.head_dim,
     "tie_word_embeddings": lambda spec: spec.tied_embeddings,

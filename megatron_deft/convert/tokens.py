@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,16 +62,7 @@ def _prompt_ids(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | 
                 "there or pass none"
             )
         return torch.empty(0, dtype=torch.int64)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(having[0], local_files_only=True)
-    except Exception as error:  # of many kinds: what a library raises that cannot read a file
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{having[0]}: this transformers cannot read the tokenizer ({reason}): download its "
-            "files again, or use the transformers that wrote them"
-        ) from None
+    tokenizer = load_tokenizer(having[0])
     texts = [tokenizer(text)["input_ids"] for text in prompts or PROMPTS]
     ids = torch.tensor([i for text in texts for i in text], dtype=torch.int64)
     if len(ids) and int(ids.max()) >= facts.vocab_size:
@@ -79,3 +71,17 @@ def _prompt_ids(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | 
             f"{facts.vocab_size} embeddings: tokenizer and model do not belong together"
         )
     return ids
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer as this transformers reads it. Errors: UserError when it cannot."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of many kinds: what a library raises that cannot read a file
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder}: this transformers cannot read the tokenizer ({reason}): download its "
+            "files again, or use the transformers that wrote them"
+        ) from None

@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from megatron_deft.cli import main
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.convert.hf_folder import INDEX
 from megatron_deft.convert.safetensors_io import header_bytes
+from megatron_deft.data.tiny import make_tiny_llama
 from megatron_deft.errors import UserError
 from tests.convert.tiny_models import CONFIGS, make
 
@@ -77,6 +79,35 @@ def norm(value: torch.Tensor) -> Callable[[Path], None]:
     return edit
 
 
+def config(**fields: object) -> Callable[[Path], None]:
+    """Other fields of config.json."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return edit
+
+
+def larger_tokenizer(folder: Path) -> None:
+    """One of 259 tokens, and two added: 261 for 260 embeddings."""
+    made = make_tiny_llama(folder / "made", [], vocab_size=259, hidden_size=16, layers=1)
+    tokenizer = Tokenizer.from_file(str(made / "tokenizer.json"))
+    tokenizer.add_tokens(["<one>", "<more>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.rmtree(made)
+
+
+def larger_tokenizer_config(folder: Path) -> None:
+    """As transformers 4 leaves a token that someone added by hand."""
+    larger_tokenizer(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    del tokenizer["added_tokens"][-1]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    added = {"added_tokens_decoder": {"260": {"content": "<late>", "special": True}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(added))
+
+
 SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (truncate, rf"{FIRST}.* is damaged \(.*\): download it again"),
     "header cut": (no_header, rf"{FIRST}.* is damaged \(.*\): download it again"),
@@ -106,17 +137,43 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
         norm(torch.ones(2, 16)),
         r"model\.norm\.weight has shape \[2, 16\], config\.json says \[32\]",
     ),
+    "unknown architecture": (
+        config(model_type="mamba2", architectures=["Mamba2ForCausalLM"]),
+        r"model_type 'mamba2' is not one of gemma2, .*, qwen3_moe",
+    ),
+    "another head": (
+        config(architectures=["LlamaForSequenceClassification"]),
+        r"architectures \['LlamaForSequenceClassification'\] is not supported: only LlamaForCausal",
+    ),
+    "quantised": (
+        config(quantization_config={"quant_method": "fp8", "activation_scheme": "dynamic"}),
+        r"quantization_config .*'fp8'.* is not supported: only absent: start from whole weights",
+    ),
+    "tokenizer beyond the embeddings": (
+        larger_tokenizer,
+        r"tokenizer\.json: the vocabulary has 261 tokens \(the last is '<more>'\), vocab_size in "
+        r"config\.json is 260",
+    ),
+    "tokens added beyond the embeddings": (
+        larger_tokenizer_config,
+        r"the vocabulary has 261 tokens \(the last is '<late>'\)",
+    ),
+    "tokenizer cut": (
+        lambda folder: (folder / "tokenizer.json").write_text('{"model": '),
+        r"tokenizer\.json is damaged \(.*\): download it again",
+    ),
 }
 
 
+@pytest.mark.parametrize("verify", [[], ["--no-verify"]], ids=["verify", "no-verify"])
 @pytest.mark.parametrize("case", sorted(SOURCES))
 def test_a_damaged_model_is_one_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, verify: list[str]
 ) -> None:
     damage, says = SOURCES[case]
     shutil.copytree(model, tmp_path / "hf")
     damage(tmp_path / "hf")
-    assert main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "out")]) == 2
+    assert main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "out"), *verify]) == 2
     said = capsys.readouterr().err
     assert re.search(says, said), said
     assert said.count("\n") == 1

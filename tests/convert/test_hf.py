@@ -3,12 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -137,6 +139,23 @@ def test_tokenizer_template_and_model_card(tmp_path: Path) -> None:
     assert ours(text)["input_ids"] == reference.encode(text).ids
     assert ours.chat_template == CHAT_TEMPLATE
     assert "base_model: owner/model\n" in (again / "README.md").read_text()
+
+
+def test_a_tokenizer_that_this_transformers_reads_its_own_way_is_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers 5 splits every Qwen 2 model's texts as Qwen's do, 4 as tokenizer.json says."""
+    parts = make_tiny_llama(tmp_path / "parts", ["3 + 39 = 42"] * 9, layers=1, hidden_size=16)
+    for case in ("llama_mha_untied", "qwen2_biases"):
+        config = deepcopy(CONFIGS[case])
+        config.vocab_size = 512
+        source = make(tmp_path / case, config)
+        for path in parts.glob("tokenizer*"):
+            shutil.copyfile(path, source / path.name)
+        export_hf(import_hf(source, tmp_path / f"{case}_weights"), tmp_path / f"{case}_again")
+    warned = [r.message for r in caplog.records if "makes other ids than the file" in r.message]
+    assert len(warned) == transformers.__version__.startswith("5.")
+    assert all("qwen2_biases_again" in message for message in warned)
 
 
 def test_extra_special_tokens_are_spelled_for_transformers_4() -> None:
@@ -274,6 +293,7 @@ def test_a_damaged_checkpoint_is_named_at_export(tied_weights: Path, tmp_path: P
         ("vocab_size", 261, r"has shape \[260, 32\], the model's spec says \[261, 32\]"),
         ("qkv_bias", True, r"misses decoder\.layers\.0\.self_attention\.linear_qkv\.bias"),
         ("tied_embeddings", False, r"misses output_layer\.weight"),
+        ("family", "mamba2", r"model family 'mamba2' has no conversion table: legal are gemma2, "),
     ],
 )
 def test_a_state_of_another_model_is_refused(

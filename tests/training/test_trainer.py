@@ -14,6 +14,7 @@ import torch
 from megatron_deft import checkpoint_folder, platform
 from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
+from megatron_deft.revision import revision
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
 from tests.training.ranks import STEPS, config, metrics, train_all
@@ -118,6 +119,9 @@ def test_resume_equals_uninterrupted_to_the_last_digit(
     resumed = metrics(run_dir)
     assert [line["step"] for line in resumed] == list(range(1, 7))
     assert same_but_time(resumed) == same_but_time(uninterrupted)
+    manifest = checkpoint_folder.read_manifest(run_dir / "checkpoints" / "step_00000006")
+    assert manifest["tokens"] == sum(line["tokens"] for line in resumed)
+    assert manifest["revision"] == revision()
 
 
 def test_resume_at_another_layout(base: Path, tmp_path: Path) -> None:
