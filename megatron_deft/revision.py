@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def _git(*arguments: str) -> str | None:
-    command = ("git", "-C", str(ROOT), *arguments)
+    # no lock on the index: a run must not be in the way of who works in the checkout
+    command = ("git", "--no-optional-locks", "-C", str(ROOT), *arguments)
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError):
