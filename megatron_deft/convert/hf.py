@@ -54,6 +54,8 @@ def import_hf(
     target_dtype = named_dtype(dtype)
     source = HFSource(folder)
     tokenizer.check_vocabulary(folder, source.spec.vocab_size)
+    if verify:
+        proof.require_readable(folder)
     chunks = _chunks(source, target_dtype)
     logger.info("importing %d tensors of %s", len(source.weights.tensors), folder)
     total = sum(chunk.bytes for chunk in chunks)
