@@ -42,7 +42,7 @@ def flip_one_bit(path: Path) -> None:
 def test_manifest_round_trip(tmp_path: Path) -> None:
     manifest = folders.read_manifest(make(tmp_path / "a", step=7))
     assert {k: manifest[k] for k in ("format", "kind", "spec", "step", "objective", "base")} == {
-        "format": 1,
+        "format": 2,
         "kind": "training",
         "spec": {"family": "llama"},
         "step": 7,
@@ -125,7 +125,7 @@ def test_ranks_share_the_hashing(tmp_path: Path) -> None:
     [
         (Path.unlink, "is missing"),
         (truncate, "has 2999 bytes instead of 3000"),
-        (flip_one_bit, "does not match its blake2b"),
+        (flip_one_bit, "does not match its checksum"),
     ],
 )
 def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], says: str) -> None:
@@ -147,7 +147,7 @@ def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
         (None, "has no megatron_deft.json"),
         ("{", "not readable JSON"),
         ("[]", "it has no format"),
-        ('{"format": 2, "files": {}}', "has format 2, this version reads 1"),
+        ('{"format": 1, "files": {}}', "has format 1, this version reads 2"),
     ],
 )
 def test_unreadable_manifest(tmp_path: Path, text: str | None, says: str) -> None:
@@ -168,8 +168,8 @@ def test_unreadable_manifest(tmp_path: Path, text: str | None, says: str) -> Non
         ("spec", [1]),
         ("files", None),
         ("files", ["hf/config.json"]),
-        ("files", {"hf/config.json": {"blake2b": "00"}}),
-        ("files", {"hf/config.json": {"bytes": "2", "blake2b": "00"}}),
+        ("files", {"hf/config.json": {"xxh3_128": "00"}}),
+        ("files", {"hf/config.json": {"bytes": "2", "xxh3_128": "00"}}),
         ("files", {"hf/config.json": {"bytes": 2}}),
         ("files", {"hf/config.json": None}),
         ("step", "7"),
@@ -229,7 +229,7 @@ def test_newest_whole_skips_every_kind_of_damage_and_says_why(tmp_path: Path) ->
         assert "no megatron_deft.json" in reasons["step_00000006"]
         assert reasons["step_00000005"] == "state/.metadata is missing"
         assert "2999 bytes instead of 3000" in reasons["step_00000004"]
-        assert "blake2b" in reasons["step_00000003"]
+        assert "checksum" in reasons["step_00000003"]
 
 
 def test_newest_is_by_number_not_by_name(tmp_path: Path) -> None:

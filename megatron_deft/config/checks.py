@@ -42,8 +42,8 @@ class ModelShape(Protocol):
         """Channels inside one expert."""
 
     @property
-    def max_position_embeddings(self) -> int:
-        """Positions the model was made for."""
+    def context_length(self) -> int:
+        """Positions the model is made for."""
 
 
 def validate(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> None:
@@ -172,10 +172,10 @@ def _check_model(cfg: RunConfig, spec: ModelShape) -> None:
             raise UserError(
                 f"parallel.{name}={parts}: must divide the model's {size} {what}: {_divisors(size)}"
             )
-    if cfg.data.max_length > spec.max_position_embeddings:
+    if cfg.data.max_length > spec.context_length:
         raise UserError(
             f"data.max_length={cfg.data.max_length}: must be <= the model's "
-            f"max_position_embeddings={spec.max_position_embeddings}"
+            f"context of {spec.context_length} positions"
         )
 
 

@@ -57,6 +57,8 @@ def import_hf(
     source = HFSource(folder)
     tokenizer.check_vocabulary(folder, source.spec.vocab_size)
     tokenizer.warn_of_none(folder, "put the model's tokenizer files there and import again")
+    if verify:
+        proof.require_readable(folder)
     chunks = _chunks(source, target_dtype)
     logger.info("importing %d tensors of %s", len(source.weights.tensors), folder)
     total = sum(chunk.bytes for chunk in chunks)

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from megatron_deft.convert.safetensors_io import Stored, header_bytes, read_header
-from megatron_deft.convert.streams import Output, bytes_of, nothing_follows
+from megatron_deft.convert.streams import Output, by_file, bytes_of, nothing_follows
 from megatron_deft.errors import UserError
 
 INDEX = "model.safetensors.index.json"
@@ -204,11 +204,7 @@ def write_weights(
     folder: Path, pieces: Sequence[Piece], shard_bytes: int, bar: "tqdm[None]"
 ) -> None:
     """Write the tensors as safetensors, one file or shards with an index, one piece in memory."""
-    shards: list[list[Piece]] = [[]]
-    for piece in pieces:
-        if shards[-1] and sum(p.bytes for p in shards[-1]) + piece.bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(piece)
+    shards = by_file(pieces, shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else SINGLE

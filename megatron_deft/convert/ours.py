@@ -8,6 +8,7 @@ their turn comes and give them back behind it.
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Megatron:
         self.source = StateSource(self.path)
         self.spec = spec = self.source.spec
         self.facts = Facts(
-            spec.num_layers, spec.hidden_size, spec.vocab_size, spec.max_position_embeddings
+            spec.num_layers, spec.hidden_size, spec.vocab_size, spec.context_length, spec.windows
         )
         self.parameters = {p.megatron: p for p in self.source.parameters}
         self._owners = {name: p for p in self.source.parameters for name in p.hf}
@@ -70,8 +71,9 @@ class Megatron:
         with torch.no_grad(), single_process():
             from megatron_deft.models.build import build_model, transformer_config
 
-            config = transformer_config(self.spec, perform_initialization=False)
-            model: Any = build_model(self.spec, config).eval()
+            spec = replace(self.spec, window=batch.shortened(self.spec.window))
+            config = transformer_config(spec, perform_initialization=False)
+            model: Any = build_model(spec, config).eval()
             model.rotary_pos_emb.register_forward_hook(partial(_take_positions, batch))
             whole, parts = _stages(model), partial(_parts, config)
             with (

@@ -44,16 +44,18 @@ class HuggingFace:
                 spec = spec_from_hf(self._written)
                 return AutoConfig.for_model(**portable.portable_config(self._written, spec))
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
-        except (ValueError, KeyError, OSError) as error:
+        except Exception as error:  # of many kinds: what the checks of config classes raise
+            reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self.path}: this transformers cannot read config.json ({error})"
+                f"{self.path}: this transformers cannot read config.json ({reason}): correct that "
+                "field, or use the transformers that wrote it"
             ) from None
 
     @cached_property
     def facts(self) -> Facts:
         """Of the config."""
-        c = self._config
-        return Facts(c.num_hidden_layers, c.hidden_size, c.vocab_size, c.max_position_embeddings)
+        c, context = self._config, spec_from_hf(self._written).context_length
+        return Facts(c.num_hidden_layers, c.hidden_size, c.vocab_size, context, _windows(c))
 
     @cached_property
     def tensors(self) -> dict[str, torch.dtype]:
@@ -86,7 +88,7 @@ class HuggingFace:
     ) -> None:
         """See Side. A head that is stored is used, even where the config ties it: transformers 4
         would leave it unread and 5 would not, so a difference has to show."""
-        model = _without_weights(self._config)
+        model = _without_weights(_with_window(self._config, batch))
         layers = model.get_decoder().layers
         whole = _stages(model, batch)
         parts = partial(_parts, self._config)
@@ -96,6 +98,22 @@ class HuggingFace:
             stages.reported(layers, whole, parts, lambda x: x, sink, inside, forced),
         ):
             stages.report(sink, {stages.LOGITS: _logits(model, batch)})
+
+
+def _windows(config: Any) -> tuple[int | None, ...]:
+    """The sliding window of each layer, as transformers' models take it from their config."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _with_window(config: Any, batch: Batch) -> Any:
+    """A copy of `config` with the batch's sliding window."""
+    config = deepcopy(config)
+    if getattr(config, "sliding_window", None) is not None:
+        config.sliding_window = batch.shortened(config.sliding_window)
+    return config
 
 
 def _stages(model: Any, batch: Batch) -> Iterator[tuple[torch.nn.Module, Read]]:

@@ -27,10 +27,19 @@ Dtypes = Mapping[str, torch.dtype]  # by the tensor's Hugging Face name
 
 @dataclass(frozen=True)
 class Batch:
-    """What both models compute: ids [b, s] int64, and the position [s] int64 of every column."""
+    """What both models compute: ids [b, s] int64, and the position [s] int64 of every column.
+
+    window: what sliding windows are shortened to, so that the rows are longer; masks count columns
+        and not positions.
+    """
 
     ids: Tensor
     positions: Tensor
+    window: int
+
+    def shortened(self, window: int | None) -> int | None:
+        """The sliding window that both models use in place of their own."""
+        return None if window is None else min(window, self.window)
 
     def runs(self) -> list[tuple[int, int]]:
         """The positions as (length, start) of runs without a gap."""
@@ -51,7 +60,8 @@ class Facts:
     layers: int
     hidden_size: int
     vocab_size: int
-    max_position_embeddings: int
+    context_length: int
+    windows: tuple[int | None, ...]  # of each layer, in tokens; None: it sees all before
 
 
 class Side(Protocol):
@@ -90,6 +100,14 @@ class Side(Protocol):
 def layer_stage(layer: int) -> str:
     """The name of a layer's output among the stages."""
     return f"layer {layer}"
+
+
+def input_of(stage: str) -> str | None:
+    """The stage that a layer goes on from; None of any other stage."""
+    layer = layer_of(stage)
+    if layer is None:
+        return None
+    return layer_stage(layer - 1) if layer else EMBEDDING
 
 
 def layer_of(stage: str) -> int | None:

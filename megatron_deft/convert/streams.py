@@ -6,9 +6,9 @@ the file is unmapped, so a model of 16 GB would seem to need 16 GB.
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,30 @@ def progress_bar(what: str, total: int, shown: bool = True) -> "tqdm[None]":
     """A bar of `total` bytes on a terminal; nothing elsewhere."""
     disable = None if shown else True
     return tqdm(total=total, desc=what, unit="B", unit_scale=True, disable=disable, leave=False)
+
+
+class Sized(Protocol):
+    """Something that becomes part of a file."""
+
+    @property
+    def bytes(self) -> int:
+        """How much of it."""
+
+
+T = TypeVar("T", bound=Sized)
+
+
+def by_file(items: Sequence[T], limit: int) -> list[list[T]]:
+    """`items` in their order, file by file of at most `limit` bytes; a larger one has its own."""
+    files: list[list[T]] = [[]]
+    size = 0
+    for item in items:
+        if files[-1] and size + item.bytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(item)
+        size += item.bytes
+    return files
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

@@ -19,6 +19,7 @@ PROMPTS = (
     '{"name": "Ada", "born": 1815, "fields": ["mathematics", "computing"]}',
 )
 COLUMNS = 256  # tokens of a row; a shorter model has fewer
+WINDOWS = 4  # sliding windows, at the least, that fit into a row
 FAR = 64  # of them, the last ones of a row that stand at far positions
 SEED = 20240917
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -32,6 +33,9 @@ def make_batch(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | N
     sequence, that reach beyond the context a scaled model was first trained with. A model of at
     most COLUMNS positions has no such columns: its rows are as long as it allows.
 
+    Sliding windows are shortened until the rows are longer: at its own size, no row of a few
+    hundred tokens would tell a window from none. That both models have the same is asked before.
+
     Args:
         folders: where to look for a tokenizer; without one there are no prompts.
         facts: of both models.
@@ -39,7 +43,7 @@ def make_batch(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | N
 
     Errors: UserError for prompts without a tokenizer, and for a tokenizer beyond the vocabulary.
     """
-    last = facts.max_position_embeddings - 1
+    last = facts.context_length - 1
     length = min(COLUMNS, last + 1)
     near = length - FAR if last >= length else length
     positions = torch.arange(length)
@@ -49,7 +53,7 @@ def make_batch(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | N
     ids = torch.randint(facts.vocab_size, (1 + len(texts), length), generator=generator)
     for row, text in zip(ids[1:], texts, strict=True):
         row[: len(text)] = text
-    return Batch(ids, positions)
+    return Batch(ids, positions, max(1, length // WINDOWS))
 
 
 def _prompt_ids(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | None) -> Tensor:

@@ -11,6 +11,7 @@ Both models run their ordinary forward pass once, with the weights of one layer 
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from math import isnan
 from pathlib import Path
 
 import torch
@@ -27,7 +28,9 @@ from megatron_deft.errors import UserError
 
 __all__ = ["DTYPES", "Report", "Tensors", "require_equal", "single_process", "verify"]
 
-TOLERANCE = 1e-4  # of the largest reference value; two fp32 implementations differ by about 1e-6
+TOLERANCE = 1e-4  # of a token's largest value; two fp32 implementations differ by about 1e-6
+# Of a value, what adding to it in fp32 and taking it away again may change, twice on either side.
+ROUNDING = 4 * torch.finfo(torch.float32).eps
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = 2**24  # values compared at a time
 # A router's scores that are closer, as a fraction of the largest, may be ordered either way.
@@ -53,12 +56,13 @@ class Tensors:
 class Report:
     """How far two models are apart."""
 
-    stages: dict[str, float]  # stage -> max |difference| / max |reference|; "logits" is the last
+    stages: dict[str, float]  # stage -> difference as a fraction (_relative); "logits" is the last
     tokens: int
     part: str | None = None  # the first part that differs of the layer that differs first
     tensors: Tensors = field(default_factory=Tensors)
     furthest: int = 0  # the last position compared, from 0
     undecided: int | None = None  # choices of experts left out; None: compared from end to end
+    not_finite: tuple[str, ...] = ()  # tensors that hold nan or inf, looked for when logits do
 
     @property
     def relative(self) -> float:
@@ -97,6 +101,7 @@ class Report:
     def faults(self) -> list[str]:
         """What is different, one line each; none when the models are the same."""
         found = [] if self.logits_ok else [self._where()]
+        found += [f"nan or inf in {some(self.not_finite)}"] * bool(self.not_finite)
         different, missing = self.tensors.different, self.tensors.missing
         count = f"{len(different)} of {self.tensors.compared}"
         found += [f"{count} tensors differ: {some(different)}"] * bool(different)
@@ -117,13 +122,14 @@ def verify(
     by layer: each layer of the one goes on from what the other has put out before it, and is
     compared on the tokens whose experts are beyond doubt.
 
-    Tokens and positions: see convert/tokens.py; they reach to the last position the model allows.
+    Tokens, positions and windows: see convert/tokens.py; they reach to the last position the model
+    allows.
     The models run in fp32, one after the other, each with the weights of one layer in memory. When
     a layer differs, both run once more up to it to tell which of its parts differs first.
 
     Args:
         a, b: each a Hugging Face folder, or a weights, checkpoint or run folder. Differences are
-            fractions of a's values.
+            fractions of a's values (_relative).
         prompts: texts in place of the built-in ones; they need a tokenizer in one of the folders.
         dtype: round all weights to it first ("fp32", "bf16"); None takes for every tensor the
             coarser of the two that are stored, so a bf16 model equals what it was rounded from.
@@ -139,6 +145,8 @@ def verify(
     batch = make_batch([side.tokenizer for side in reversed(sides)], sides[0].facts, prompts)
     found = _compare(*sides, batch, dtypes)
     report = Report(found, batch.ids.numel(), None, tensors, int(batch.positions[-1]))
+    if isnan(report.relative):
+        report = replace(report, not_finite=tuple(n for side in sides for n in _not_finite(side)))
     forced: dict[str, Tensor] | None = None
     if not report.logits_ok and any(".experts." in name for name in sides[0].tensors):
         found, undecided, followed = _compare_layer_by_layer(*sides, batch, dtypes)
@@ -154,12 +162,40 @@ def verify(
 def require_equal(hf_dir: Path, megatron_folder: Path, dtype: str | None = None) -> Report:
     """verify(), with a difference as an error. Errors: UserError naming the first layer."""
     report = verify(hf_dir, megatron_folder, dtype=dtype)
+    if report.tensors.ok and isnan(report.relative):
+        raise UserError(
+            f"{_what_is_not_finite(report)}: the model cannot be proven, nor used; start from "
+            "another copy, or pass --no-verify to convert it as it is"
+        )
     if not report.ok:
         raise UserError(
             f"the converted model is not the same: {'; '.join(report.faults)}; nothing was "
             "written: please report it with the model's config.json"
         )
     return report
+
+
+def require_readable(hf_dir: Path) -> None:
+    """What verify() will ask of the folder's config, before hours of conversion.
+
+    Errors: UserError when this transformers cannot read it.
+    """
+    HuggingFace(hf_dir).facts  # noqa: B018 (read for its errors)
+
+
+def _what_is_not_finite(report: Report) -> str:
+    if report.not_finite:
+        return f"nan or inf in {some(report.not_finite)}"
+    first = report.first_difference
+    return f"the model's values overflow at {first}, in fp32 and on both sides"
+
+
+def _not_finite(side: Side) -> Iterable[str]:
+    return (f"{n} of {side.path}" for n in side.tensors if not _is_finite(side.load(n)))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    return all(bool(block.isfinite().all()) for block in tensor.reshape(-1).split(BLOCK))
 
 
 def _open(path: Path) -> Side:
@@ -171,10 +207,12 @@ def _open(path: Path) -> Side:
 
 def _require_same_facts(a: Side, b: Side) -> None:
     pairs = {name: (value, vars(b.facts)[name]) for name, value in vars(a.facts).items()}
+    windows = zip(*pairs.pop("windows"), strict=False)  # of as many layers, or that is told too
+    pairs |= {f"sliding window of layer {i}": pair for i, pair in enumerate(windows)}
     if wrong := [f"{name} {x} and {y}" for name, (x, y) in pairs.items() if x != y]:
         raise UserError(
-            f"{a.path} and {b.path} are different architectures: {', '.join(wrong)}; only models "
-            "of the same sizes can be compared"
+            f"{a.path} and {b.path} are different architectures: {some(wrong)}; only models of the "
+            "same sizes can be compared"
         )
 
 
@@ -217,13 +255,22 @@ def _compare(
 ) -> dict[str, float]:
     """The difference of every stage that both sides have, in the order of computation."""
     reference: dict[str, Tensor] = {}
+    a.run(batch, dtypes, reference.__setitem__, inside, forced)
     found: dict[str, float] = {}
+    own: dict[str, Tensor] = {}  # the last hidden states of b
+    kept = {stages.input_of(stage) for stage in reference}
 
     def compare(stage: str, value: Tensor) -> None:
-        if stage in reference and not stage.startswith(stages.MARGIN):
-            found[stage] = _relative(value, reference.pop(stage))
+        if stage not in reference or stage.startswith(stages.MARGIN):
+            return
+        before = stages.input_of(stage)
+        inputs = None if before is None else (own.pop(before), reference.pop(before))
+        found[stage] = _relative(value, reference[stage], inputs)
+        if stage in kept:
+            own[stage] = value
+        else:
+            del reference[stage]
 
-    a.run(batch, dtypes, reference.__setitem__, inside, forced)
     b.run(batch, dtypes, compare, inside, forced)
     return found
 
@@ -249,7 +296,9 @@ def _compare_layer_by_layer(
 
     def compare(stage: str, value: Tensor) -> None:
         if stage in reference and not stage.startswith(stages.MARGIN):
-            found[stage] = _relative(value, reference[stage], clear.get(stage))
+            before = reference.get(stages.input_of(stage) or "")
+            inputs = None if before is None else (before, before)
+            found[stage] = _relative(value, reference[stage], inputs, clear.get(stage))
 
     follower.run(batch, dtypes, compare, forced=reference)
     return found, sum(int((~tokens).sum()) for tokens in clear.values()), reference
@@ -260,14 +309,41 @@ def _near(difference: float) -> bool:
     return difference <= TOLERANCE
 
 
-def _relative(value: Tensor, reference: Tensor, tokens: Tensor | None = None) -> float:
-    """max |value - reference| / max |reference|; nan if either holds one, or shapes differ.
+def _relative(
+    value: Tensor,
+    reference: Tensor,
+    inputs: tuple[Tensor, Tensor] | None = None,
+    tokens: Tensor | None = None,
+) -> float:
+    """max |value - reference| / max |reference| of each token, the largest; nan if one holds nan.
 
-    tokens: [b, s] bool, those to compare; None: all
+    Layers are compared by what they add to their inputs, less what rounding does to such a sum: the
+    hidden states of real models carry a few values that are thousands of times the others
+    ("massive activations", arXiv 2402.17762), beside which every fault would look small. For the
+    same reason a token's difference is measured by that token's values. One that is smaller than
+    most is measured by the median token's, for its own may be nothing but rounding.
+
+    Args:
+        value, reference: [b, s, ...] float32.
+        inputs: of the layer, on either side, [b, s, h]; None: this is no layer.
+        tokens: [b, s] bool, those to compare; None: all.
     """
     if value.shape != reference.shape:
         return float("nan")
-    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    difference = (value - reference).abs()
-    difference = difference if tokens is None else difference[tokens]
-    return float(difference.max() / scale) if difference.numel() else float("nan")
+    if inputs is None:
+        difference = value - reference
+    else:
+        mine, theirs = inputs
+        rounding = ROUNDING * (theirs.abs() + reference.abs())
+        value, reference = value - mine, reference - theirs
+        difference = ((value - reference).abs() - rounding).clamp(min=0)
+    largest, scale = map(_largest, (difference, reference))
+    scale = torch.maximum(scale, scale.median()).clamp(min=torch.finfo(torch.float32).tiny)
+    fractions = largest / scale
+    fractions = fractions if tokens is None else fractions[tokens]
+    return float(fractions.max()) if fractions.numel() else float("nan")
+
+
+def _largest(values: Tensor) -> Tensor:
+    """[b, s, ...] -> [b, s], the largest magnitude, without a second tensor of that size."""
+    return torch.linalg.vector_norm(values.flatten(2), ord=torch.inf, dim=-1)

@@ -190,7 +190,7 @@ def build_model(
         vocab_size=padded_vocab(
             spec.vocab_size, vocab_pad_multiple, tcfg.tensor_model_parallel_size
         ),
-        max_sequence_length=spec.max_position_embeddings,
+        max_sequence_length=spec.context_length,
         pre_process=pre_process,
         post_process=post_process,
         share_embeddings_and_output_weights=spec.tied_embeddings,

@@ -213,7 +213,7 @@ def _problems(folder: Path) -> list[str]:
     found = checkpoint_folder.hash_files(folder, names)
     wrong: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(wrong, [name for name in names if found[name] != recorded[name]])
-    return [f"{name} does not match its blake2b checksum" for part in wrong for name in part]
+    return [f"{name} does not match its checksum" for part in wrong for name in part]
 
 
 def load(

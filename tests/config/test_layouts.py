@@ -30,7 +30,7 @@ class Shape:
     ffn_hidden_size: int = 8960
     num_attention_heads: int = 12
     num_query_groups: int = 2
-    max_position_embeddings: int = 4096
+    context_length: int = 4096
     expert_layers: tuple[int, ...] = ()
     experts: int = 0
     expert_ffn_hidden_size: int = 0
@@ -69,7 +69,7 @@ def test_possible_layouts_pass():
         ({"parallel": ParallelConfig(tensor=4)}, 4, ["tensor=4", "2 key-value heads", ": 1, 2"]),
         ({"parallel": ParallelConfig(pipeline=3)}, 3, ["pipeline=3", "28 layers", "7, 14, 28"]),
         ({"data": DataConfig(train_files=("a",), max_length=8192)}, 1,
-         ["max_length=8192", "max_position_embeddings=4096"]),
+         ["max_length=8192", "context of 4096 positions"]),
         ({"optim": OptimConfig(lr=1e-5, min_lr=1e-4)}, 1, ["optim.min_lr=0.0001", "1e-05"]),
         ({"optim": OptimConfig(warmup_steps=9), "train": TrainConfig(steps=5)}, 1,
          ["optim.warmup_steps=9", "train.steps=5"]),

@@ -26,7 +26,7 @@ class Shape:
     ffn_hidden_size: int = 8960
     num_attention_heads: int = 12
     num_query_groups: int = 2
-    max_position_embeddings: int = 4096
+    context_length: int = 4096
 
 
 def make(**sections) -> RunConfig:

@@ -40,7 +40,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
         mlp_only_layers=[1],
     ),
 }
-BATCH = Batch(torch.arange(24).reshape(2, 12), torch.tensor([*range(8), 20, 50, 51, 127]))
+BATCH = Batch(torch.arange(24).reshape(2, 12), torch.tensor([*range(8), 20, 50, 51, 127]), 12)
 
 
 @pytest.mark.parametrize("case", CONFIGS)

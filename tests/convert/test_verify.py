@@ -12,10 +12,12 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
+from megatron_deft.convert import hf as convert_hf
 from megatron_deft.convert import mapping
 from megatron_deft.convert import verify as module
 from megatron_deft.convert.hf import import_hf
@@ -27,6 +29,7 @@ from megatron_deft.convert.tokens import make_batch
 from megatron_deft.convert.verify import Report, Tensors, require_equal, single_process, verify
 from megatron_deft.data.tiny import make_tiny_llama
 from megatron_deft.errors import UserError
+from megatron_deft.models import attention
 from megatron_deft.models.families import FAMILIES, ModelSpec
 from megatron_deft.platform import initialize, shutdown
 from tests.convert.tiny_models import COMMON, CONFIGS, LLAMA3_SCALING, make, rotary
@@ -167,7 +170,9 @@ def test_scrambled_heads_in_the_mapping_itself(
 
 def test_a_row_that_no_token_uses(source: Path, weights: Path, tmp_path: Path) -> None:
     """The logits agree; the tensor does not."""
-    used = set(make_batch([source], Facts(4, 32, 1003, 128), None).ids.flatten().tolist())
+    used = set(
+        make_batch([source], Facts(4, 32, 1003, 128, (None,) * 4), None).ids.flatten().tolist()
+    )
     row = next(i for i in range(1003) if i not in used)
 
     def other_sign(tensors: dict[str, Tensor]) -> None:
@@ -195,6 +200,84 @@ def test_tensors_are_compared_to_the_last_bit(source: Path, tmp_path: Path) -> N
     assert verify(plus, minus).tensors.different == ("model.norm.weight",)
     assert verify(nan, nan).tensors.ok
     assert not verify(nan, nan).logits_ok
+
+
+def test_a_source_with_nan_is_told_as_that(source: Path, tmp_path: Path) -> None:
+    hf = spoiled(source, tmp_path / "hf", one_nan)
+    with pytest.raises(UserError, match=r"nan or inf in model\.layers\.3\.mlp\.down_proj\.bias"):
+        import_hf(hf, tmp_path / "weights")
+    assert not (tmp_path / "weights").exists()
+    assert import_hf(hf, tmp_path / "weights", verify=False).is_dir()
+
+
+def test_values_that_overflow_are_told_as_that(source: Path, tmp_path: Path) -> None:
+    def huge(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.1.mlp.down_proj.weight"] *= 1e38
+        tensors["model.layers.1.mlp.gate_proj.weight"] *= 1e10
+
+    hf = spoiled(source, tmp_path / "hf", huge)
+    with pytest.raises(UserError, match="values overflow at layer 1, in fp32 and on both sides"):
+        import_hf(hf, tmp_path / "weights")
+
+
+def massive(tensors: dict[str, Tensor]) -> None:
+    """One channel, of every token."""
+    tensors["model.embed_tokens.weight"][:, 0] = 1e4
+
+
+def one_massive_token(tensors: dict[str, Tensor]) -> None:
+    """One channel, of the first token of the first row."""
+    ids = make_batch([], Facts(4, 32, len(tensors["model.embed_tokens.weight"]), 128, ()), None).ids
+    tensors["model.embed_tokens.weight"][ids[0, 0], 0] = 1e5
+
+
+def test_massive_activations_hide_no_fault(source: Path, tmp_path: Path) -> None:
+    hf = spoiled(source, tmp_path / "hf", one_massive_token)
+    weights = import_hf(hf, tmp_path / "weights")
+    report = verify(spoiled(hf, tmp_path / "other", swap_two_heads), weights)
+    assert (report.first_difference, report.part) == ("layer 2", "qkv query")
+
+
+@pytest.mark.parametrize("spoil", [massive, one_massive_token])
+def test_massive_activations_hide_no_fault_of_experts(tmp_path: Path, spoil: Spoil) -> None:
+    """Weights of the experts that are not normalised: no tensor is different."""
+    hf = spoiled(make(tmp_path / "plain", CONFIGS["qwen3_moe"]), tmp_path / "hf", spoil)
+    weights = import_hf(hf, tmp_path / "weights")
+    other = reconfigured(hf, tmp_path / "other", norm_topk_prob=False)
+    report = verify(other, weights)
+    assert report.tensors.ok
+    assert (report.first_difference, report.part) == ("layer 0", "mlp")
+
+
+def windowed(folder: Path, **fields: Any) -> Path:
+    from transformers import MistralConfig
+
+    sizes = {**COMMON, "max_position_embeddings": 2048, "num_key_value_heads": 2}
+    return make(folder, MistralConfig(**sizes, vocab_size=128, sliding_window=300, **fields))
+
+
+def test_windows_of_another_size_are_told(tmp_path: Path) -> None:
+    hf = windowed(tmp_path / "hf")
+    weights = import_hf(hf, tmp_path / "weights")
+    for window in (None, 299):
+        other = reconfigured(hf, tmp_path / str(window), sliding_window=window)
+        with pytest.raises(UserError, match=f"sliding window of layer 0 {window} and 300"):
+            verify(other, weights)
+
+
+@pytest.mark.parametrize("wrong", [1, -1])
+def test_a_window_that_is_wrong_by_one_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wrong: int
+) -> None:
+    """Though no row of the check is as long as the window is."""
+    visible = attention._visible
+    monkeypatch.setattr(
+        attention,
+        "_visible",
+        lambda length, window, device: visible(length, window + wrong, device),
+    )
+    with pytest.raises(UserError, match=r"first at layer 0 \(attention output\)"):
+        import_hf(windowed(tmp_path / "hf"), tmp_path / "weights")
 
 
 def test_a_wrong_theta_is_named(source: Path, weights: Path, tmp_path: Path) -> None:
@@ -236,15 +319,23 @@ def test_both_models_are_given_the_far_positions(tmp_path: Path) -> None:
 
 
 def test_positions() -> None:
-    short = make_batch([], Facts(1, 8, 50, 100), None)
+    short = make_batch([], Facts(1, 8, 50, 100, (None,)), None)
     assert short.positions.tolist() == list(range(100))
     assert short.runs() == [(100, 0)]
-    far = make_batch([], Facts(1, 8, 50, 8192), None)
+    far = make_batch([], Facts(1, 8, 50, 8192, (None,)), None)
     assert far.positions[:192].tolist() == list(range(192))
     assert far.positions[-1] == 8191
     assert bool((far.positions.diff() > 0).all())
     assert far.runs()[0] == (193, 0)
     assert len(far.runs()) == 64
+
+
+def test_positions_reach_to_what_yarn_stretches_the_context_to(tmp_path: Path) -> None:
+    """max_position_embeddings left at the length of the pretraining, as Qwen2.5's card has it."""
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+    sizes = {**COMMON, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    hf = make(tmp_path / "hf", LlamaConfig(**sizes, vocab_size=64, **rotary(10000.0, yarn)))
+    assert verify(hf, import_hf(hf, tmp_path / "weights", verify=False)).furthest == 2047
 
 
 def test_an_untied_head_where_the_config_ties_it(
@@ -323,6 +414,19 @@ def test_equally_good_experts_are_no_difference(tmp_path: Path) -> None:
         assert "layer 2 (mlp) differs by" in report.faults[0]
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 reads it")
+def test_a_config_that_transformers_refuses(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is converted, and in one line."""
+    monkeypatch.setattr(convert_hf, "write_state", pytest.fail)
+    hf = reconfigured(source, tmp_path / "hf", use_cache=None)
+    with pytest.raises(
+        UserError, match=r"cannot read config\.json \(.*use_cache.*\): correct that"
+    ):
+        import_hf(hf, tmp_path / "weights")
+
+
 def test_folders_that_cannot_be_compared(source: Path, tied: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different architectures: vocab_size 1003 and 260; only"):
         verify(source, tied)
@@ -345,7 +449,7 @@ def parameter_bytes() -> int:
 @pytest.mark.parametrize("kind", ["hf", "weights"])
 def test_one_layer_in_memory(source: Path, weights: Path, kind: str) -> None:
     side: Side = HuggingFace(source) if kind == "hf" else Megatron(weights)
-    batch = Batch(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8))
+    batch = Batch(torch.zeros(1, 8, dtype=torch.int64), torch.arange(8), 8)
     layer = [
         t for name, t in load_file(source / "model.safetensors").items() if "layers.3." in name
     ]
@@ -387,7 +491,7 @@ def test_prompts_need_a_tokenizer(source: Path, weights: Path) -> None:
 def test_a_tokenizer_beyond_the_vocabulary(tmp_path: Path) -> None:
     hf = make_tiny_llama(tmp_path / "hf", ["to be or not to be"], layers=1, hidden_size=16)
     with pytest.raises(UserError, match="the model has 40 embeddings: tokenizer and model do not"):
-        make_batch([hf], Facts(1, 16, 40, 128), None)
+        make_batch([hf], Facts(1, 16, 40, 128, (None,)), None)
 
 
 def test_rounding_is_part_of_the_comparison(source: Path, tmp_path: Path) -> None:

@@ -110,6 +110,21 @@ def test_qwen_25() -> None:
 
 
 @pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 32768),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 32768),
+        ({"rope_type": "llama3", **LLAMA3_SCALING}, 32768),
+        ({"rope_type": "linear", "factor": 4.0}, 32768),
+    ],
+)
+def test_context_length(scaling: dict[str, Any] | None, context: int) -> None:
+    raw = {**QWEN_25_1B, "max_position_embeddings": 32768, "rope_scaling": scaling}
+    assert spec_from_hf(raw).context_length == context
+
+
+@pytest.mark.parametrize(
     ("config_class", "raw"), [(LlamaConfig, LLAMA_31_8B), (Qwen2Config, QWEN_25_1B)]
 )
 def test_what_transformers_makes_of_it_is_the_same_model(

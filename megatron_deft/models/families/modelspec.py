@@ -56,6 +56,26 @@ class ModelSpec:
         return int(self.head_dim * self.rotary_fraction)
 
     @property
+    def context_length(self) -> int:
+        """Positions the model is made for.
+
+        max_position_embeddings, or what yarn stretches it to: published recipes leave that field
+        at the length of the pretraining (Qwen2.5's model card) or change it (DeepSeek).
+        """
+        scaling = self.rope_scaling or {}
+        if scaling.get("rope_type") != "yarn":
+            return self.max_position_embeddings
+        stretched = int(scaling["factor"] * scaling["original_max_position_embeddings"])
+        return max(self.max_position_embeddings, stretched)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, the tokens that a token attends to; None: all before it."""
+        return tuple(
+            self.window if i in self.window_layers else None for i in range(self.num_layers)
+        )
+
+    @property
     def uniform_layers(self) -> bool:
         """Whether every layer has the same parameters: Megatron then stacks them in checkpoints."""
         return len(self.expert_layers) in (0, self.num_layers)
