@@ -16,7 +16,7 @@ import queue
 import re
 import shutil
 import threading
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,30 @@ KINDS = ("weights", "training")
 LATEST = "latest"
 BLOCK = 16 * 2**20  # bytes hashed at a time
 LAG = 16  # blocks
+
+
+def _is_hash(entry: Any) -> bool:
+    sized = isinstance(entry, dict) and type(entry.get("bytes")) is int
+    return sized and isinstance(entry.get("xxh3_128"), str)
+
+
+def _or_none(kind: type) -> Callable[[Any], bool]:
+    return lambda value: value is None or type(value) is kind
+
+
+# Field of a manifest -> whether a value is legal; not all were written from the start.
+FIELDS: Mapping[str, Callable[[Any], bool]] = {
+    "files": lambda files: isinstance(files, dict) and all(map(_is_hash, files.values())),
+    "kind": lambda kind: kind in KINDS,
+    "spec": lambda spec: isinstance(spec, dict),
+    "step": _or_none(int),
+    "consumed": _or_none(int),
+    "objective": _or_none(str),
+    "base": _or_none(str),
+    "config": _or_none(dict),
+    "layout": _or_none(dict),
+    "license": _or_none(dict),
+}
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+")
@@ -171,14 +195,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{folder} has no {MANIFEST}, so it is not a finished megatron_deft folder: name one "
             "written by `megatron-deft convert import` or by training"
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
         raise UserError(f"{path} is not readable JSON ({error}): the folder is damaged") from None
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise UserError(f"{path} is not a megatron_deft manifest: it lists no files")
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or "format" not in manifest:
+        raise UserError(f"{path} is not a megatron_deft manifest: it has no format")
+    if manifest["format"] != FORMAT:
         raise UserError(
             f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}: "
             "use the megatron_deft that wrote it"
+        )
+    wrong = [name for name, fits in FIELDS.items() if not fits(manifest.get(name))]
+    if wrong:
+        raise UserError(
+            f"{path} has no legal {', '.join(wrong)}: the folder is damaged: use another "
+            "checkpoint, or convert the model again"
         )
     return manifest
 

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -145,7 +146,7 @@ def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:
     [
         (None, "has no megatron_deft.json"),
         ("{", "not readable JSON"),
-        ("[]", "lists no files"),
+        ("[]", "it has no format"),
         ('{"format": 1, "files": {}}', "has format 1, this version reads 2"),
     ],
 )
@@ -155,6 +156,50 @@ def test_unreadable_manifest(tmp_path: Path, text: str | None, says: str) -> Non
     with pytest.raises(UserError, match=says):
         folders.read_manifest(tmp_path)
     assert len(folders.verify(tmp_path)) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("kind", None),
+        ("kind", "other"),
+        ("kind", []),
+        ("spec", None),
+        ("spec", [1]),
+        ("files", None),
+        ("files", ["hf/config.json"]),
+        ("files", {"hf/config.json": {"xxh3_128": "00"}}),
+        ("files", {"hf/config.json": {"bytes": "2", "xxh3_128": "00"}}),
+        ("files", {"hf/config.json": {"bytes": 2}}),
+        ("files", {"hf/config.json": None}),
+        ("step", "7"),
+        ("step", True),
+        ("config", []),
+        ("base", {}),
+    ],
+)
+def test_a_manifest_with_a_field_of_another_form(tmp_path: Path, field: str, value: Any) -> None:
+    path = make(tmp_path / "a")
+    manifest = folders.read_manifest(path)
+    (path / folders.MANIFEST).write_text(json.dumps({**manifest, field: value}))
+    with pytest.raises(UserError, match=rf"megatron_deft\.json has no legal {field}: the folder"):
+        folders.read_manifest(path)
+    assert len(folders.verify(path)) == 1
+
+
+@pytest.mark.parametrize("field", ["kind", "spec", "files"])
+def test_a_manifest_without_what_every_version_wrote(tmp_path: Path, field: str) -> None:
+    path = make(tmp_path / "a")
+    manifest = folders.read_manifest(path)
+    for name in (field, "objective"):
+        (path / folders.MANIFEST).write_text(
+            json.dumps({k: v for k, v in manifest.items() if k != name})
+        )
+        if name == "objective":
+            assert folders.read_manifest(path).keys() == manifest.keys() - {name}
+        else:
+            with pytest.raises(UserError, match=f"has no legal {field}: "):
+                folders.read_manifest(path)
 
 
 def test_newest_whole_skips_every_kind_of_damage_and_says_why(tmp_path: Path) -> None:

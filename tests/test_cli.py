@@ -332,20 +332,22 @@ def test_tiny_makes_a_model_from_a_corpus(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("argv", "name", "expected"),
+    ("argv", "name", "expected", "named"),
     [
-        (["import", "hf", "out"], "import_hf", ("hf", "out", None, False, True)),
+        (["import", "hf", "out"], "import_hf", ("hf", "out", None, False, True), {"base": None}),
         (["import", "hf", "out", "--dtype", "bf16", "--overwrite", "--no-verify"], "import_hf",
-         ("hf", "out", "bf16", True, False)),
+         ("hf", "out", "bf16", True, False), {"base": None}),
+        (["import", "hf", "out", "--base", "owner/model"], "import_hf",
+         ("hf", "out", None, False, True), {"base": "owner/model"}),
         (["export", "run", "out", "--dtype", "fp32"], "export_hf",
-         ("run", "out", "fp32", False, True)),
+         ("run", "out", "fp32", False, True), {}),
     ],
 )  # fmt: skip
-def test_convert_calls(monkeypatch, capsys, argv, name, expected):
+def test_convert_calls(monkeypatch, capsys, argv, name, expected, named):
     seen = []
-    stub(monkeypatch, "megatron_deft.convert.hf", name, lambda *args: seen.append(args))
+    stub(monkeypatch, "megatron_deft.convert.hf", name, lambda *a, **n: seen.append((a, n)))
     assert main(["convert", *argv]) == 0
-    assert seen == [expected]
+    assert seen == [(expected, named)]
     verified = "not verified" not in capsys.readouterr().out
     assert verified is expected[-1]
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
+FOLDER = "a Hugging Face folder or cached model, weights, a checkpoint or a run"
+
 
 def add_import_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `convert import`."""
@@ -12,6 +14,10 @@ def add_import_arguments(parser: argparse.ArgumentParser) -> None:
         "source", metavar="MODEL",
         help="config.json, safetensors, tokenizer; or context/ and weights/ of NeMo 2, where "
         "nemo://NAME is looked for in NEMO_MODELS_CACHE, NEMO_HOME/models, ~/.cache/nemo/models",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base", metavar="NAME",
+        help="the model's name on the Hub, for model cards [of the cache, else the folder's name]",
     )  # fmt: skip
     _add_conversion_arguments(parser)
 
@@ -40,11 +46,11 @@ def run_import(args: argparse.Namespace) -> int:
     if nemo := is_nemo(args.source):
         from megatron_deft.convert.nemo import import_nemo
 
-        import_nemo(args.source, *rest)
+        import_nemo(args.source, *rest, base=args.base)
     else:
         from megatron_deft.convert.hf import import_hf
 
-        import_hf(args.source, *rest)
+        import_hf(args.source, *rest, base=args.base)
     print(f"{args.out}: weights for model.load" + _proof(args.verify, nemo))
     return 0
 
@@ -73,8 +79,7 @@ def _proof(verified: bool, nemo: bool) -> str:
 def add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `convert verify`."""
     add = parser.add_argument
-    folder = "a Hugging Face folder, weights, a checkpoint or a run"
-    add("a", metavar="A", help=folder)
+    add("a", metavar="A", help=FOLDER)
     add("b", metavar="B", help="another one, of the same or the other kind")
     add(
         "--prompt", action="append", metavar="TEXT", dest="prompts",
@@ -105,14 +110,14 @@ def run_verify(args: argparse.Namespace) -> int:
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `convert inspect`."""
     add = parser.add_argument
-    add("path", metavar="PATH", help="a Hugging Face folder, weights, a checkpoint or a run")
+    add("path", metavar="PATH", help=FOLDER)
     add("--tensors", action="store_true", help="list every tensor with its dtype and shape")
     add("--checksums", action="store_true", help="read every file and compare its checksum")
     add("--json", action="store_true", help="print one JSON object")
 
 
 def run_inspect(args: argparse.Namespace) -> int:
-    """Print what the folder is; returns 0, or 1 when it is damaged."""
+    """Print what the folder is; returns 0, or 1 when it is not whole."""
     from megatron_deft.convert.inspect import describe, inspect
 
     found = inspect(args.path, args.checksums)

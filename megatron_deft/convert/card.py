@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from megatron_deft.convert.hf_folder import is_hub_name
 from megatron_deft.revision import revision
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 FRONT_MATTER = re.compile(r"\A---\r?\n(.*?)^---[ \t]*$", re.DOTALL | re.MULTILINE)
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ def model_card(manifest: Mapping[str, Any]) -> str:
     trained = manifest["kind"] == "training"
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     front |= manifest.get("license") or {}
-    if base and HUB_NAME.fullmatch(base):
+    if base and is_hub_name(base):
         front["base_model"] = base
         front |= {"base_model_relation": "finetune"} if trained else {}
     front["tags"] = ["megatron_deft"]

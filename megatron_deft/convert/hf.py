@@ -35,6 +35,7 @@ def import_hf(
     dtype: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    base: str | None = None,
 ) -> Path:
     """Convert the Hugging Face folder `hf_dir` into the weights folder `out`; returns `out`.
 
@@ -45,6 +46,7 @@ def import_hf(
         dtype: "fp32" or "bf16" to convert to; None keeps what is stored.
         overwrite: replace an earlier weights folder at `out`.
         verify: prove that both models are the same before `out` appears (convert/verify.py).
+        base: the model's name, for the cards of what is trained from it; None: base_name().
 
     The state holds the vocabulary without padding: megatron zero-fills the padding of whatever
     layout loads it. Errors: UserError naming the file, tensor or config field at fault.
@@ -54,6 +56,7 @@ def import_hf(
     target_dtype = named_dtype(dtype)
     source = HFSource(folder)
     tokenizer.check_vocabulary(folder, source.spec.vocab_size)
+    tokenizer.warn_of_none(folder, "put the model's tokenizer files there and import again")
     if verify:
         proof.require_readable(folder)
     chunks = _chunks(source, target_dtype)
@@ -73,7 +76,7 @@ def import_hf(
             files=hashes.finish(folders.list_files(target)),
             kind="weights",
             spec=source.spec.to_json(),
-            base=hf_folder.base_name(folder, source.config),
+            base=base or hf_folder.base_name(folder, source.config),
             license=card.read_license(folder),
             dtype=dtype,
             tied_copy=source.tied_copy,
@@ -120,6 +123,7 @@ def export_hf(
         pieces.append(_tied_copy(pieces))
     config = hf_folder.read_json(folder / "hf" / "config.json", "model's config")
     dtypes = {piece.dtype for piece in pieces}
+    tokenizer.warn_of_none(folder / "hf", f"put the model's tokenizer files into {out}")
     logger.info("exporting %s to %s", folder, out)
     total = sum(piece.bytes for piece in pieces)
     with (

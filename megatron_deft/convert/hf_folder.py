@@ -45,23 +45,43 @@ def find(name: str | Path) -> Path:
 
     Nothing is downloaded. Errors: UserError that says how to.
     """
-    path = Path(name)
+    path = locate(name)
     if path.is_dir():
         return path
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) and not path.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import LocalEntryNotFoundError
-
-        try:
-            return Path(snapshot_download(str(name), local_files_only=True))
-        except LocalEntryNotFoundError:
-            raise UserError(
-                f"{name} is neither a folder nor a model in the local cache: download it first "
-                f"(hf download {name})"
-            ) from None
+    if is_hub_name(str(name)) and not path.exists():
+        raise UserError(
+            f"{name} is neither a folder nor a model in the local cache: download it first "
+            f"(hf download {name})"
+        )
     raise UserError(
         f"{name} is not a folder: download the model first (hf download NAME --local-dir DIR)"
     )
+
+
+def locate(name: str | Path) -> Path:
+    """`name` as a path, or where nothing is there the model's folder in the local Hub cache."""
+    path = Path(name)
+    if path.exists() or not is_hub_name(str(name)):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except LocalEntryNotFoundError:
+        return path
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether the Hub would take OWNER/MODEL for a name; ./model or ../model are paths."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -70,7 +90,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path} is missing: it is the {what}, download the whole model") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
         raise UserError(f"{path} is not readable JSON ({error}): download it again") from None
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a JSON object: download it again")
@@ -138,21 +158,32 @@ def _weight_map(folder: Path) -> dict[str, str]:
         raise UserError(f"{path} has no weight_map of tensors to files: download it again")
     if not listed:
         raise UserError(f"{path} names no tensor: download it again")
+    if (folder / SINGLE).is_file() and set(listed.values()) != {SINGLE}:
+        raise UserError(
+            f"{folder} has both {SINGLE} and {INDEX}, which names other files: transformers would "
+            f"load {SINGLE} alone: keep the one that is the model and remove the other"
+        )
     return listed
 
 
 def _single_file(folder: Path) -> Path:
     if (folder / SINGLE).is_file():
         return folder / SINGLE
-    pickles = sorted(p.name for p in folder.glob("*.bin")) + sorted(
-        p.name for p in folder.glob("*.pt*")
+    raise UserError(
+        pickled(folder) or f"{folder} has no {SINGLE} and no {INDEX}: download the whole model"
     )
-    if pickles:
-        raise UserError(
-            f"{folder} has {some(pickles)} but no safetensors: convert it once with transformers, "
-            "AutoModelForCausalLM.from_pretrained(OLD, dtype='auto').save_pretrained(NEW)"
-        )
-    raise UserError(f"{folder} has no {SINGLE} and no {INDEX}: download the whole model")
+
+
+def pickled(folder: Path) -> str | None:
+    """How to convert a folder whose weights are in pickles alone; None for any other folder."""
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+    if not pickles or any((folder / name).exists() for name in (SINGLE, INDEX)):
+        return None
+    return (
+        f"{folder} has {some(pickles)} but no safetensors: convert it once with transformers, "
+        "AutoModelForCausalLM.from_pretrained(OLD, dtype='auto').save_pretrained(NEW) and "
+        "AutoTokenizer.from_pretrained(OLD).save_pretrained(NEW)"
+    )
 
 
 @dataclass(frozen=True)
@@ -205,12 +236,18 @@ def _write_piece(output: Output, piece: Piece) -> None:
 
 
 def base_name(folder: Path, config: Mapping[str, Any]) -> str:
-    """The model a folder holds: its Hub name where it can be told, else the folder's own name."""
-    for part in folder.absolute().parts:
+    """The model a folder holds: its Hub name where it can be told, else the folder's own name.
+
+    Told by the Hub cache, and by _name_or_path where it ends in the folder's own name. Elsewhere
+    that key is a path of another machine, or the model that this one was fine-tuned from.
+    """
+    folder = folder.absolute()
+    for part in folder.parts:
         if match := re.fullmatch(r"models--(.+?)--(.+)", part):
             return "/".join(match.groups())
     name = str(config.get("_name_or_path") or "")
-    return name if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else folder.absolute().name
+    same = name.rpartition("/")[2].lower() == folder.name.lower()
+    return name if same and is_hub_name(name) and not Path(name).exists() else folder.name
 
 
 def some(names: Sequence[str], limit: int = 5) -> str:

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert.hf_folder import Weights, read_json
-from megatron_deft.convert.sources import OPTIMIZER_PREFIXES
+from megatron_deft.convert import hf_folder, tokenizer
+from megatron_deft.convert.hf_folder import Weights, locate, read_json
+from megatron_deft.convert.safetensors_io import Stored
+from megatron_deft.convert.sources import OPTIMIZER_PREFIXES, account
 from megatron_deft.convert.state import StateReader
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import spec_from_hf
+from megatron_deft.models.families import ModelSpec, spec_from_hf
 
 KINDS = {"weights": "imported weights", "training": "training checkpoint"}
 METADATA = "state/.metadata"
@@ -57,7 +59,7 @@ class Inspection:
     kind: str
     architecture: dict[str, Any]  # as in a ModelSpec
     convertible: str | None  # why not; None when it is
-    origin: dict[str, Any]  # base, step, objective, data, layout: what of it is known
+    origin: dict[str, Any]  # base, step, objective, data, layout: what of it is known; tokenizer
     problems: list[str]  # empty when the folder is whole
     checksums: bool  # whether they were compared
     tensors: list[Entry]  # of the model, in the order of their names
@@ -75,10 +77,13 @@ class Inspection:
 def inspect(path: str | Path, checksums: bool = False) -> Inspection:
     """Look at a Hugging Face folder, or at a weights, checkpoint or run folder.
 
-    Sizes of files are compared always. Errors: UserError when it is none of these, or when its
-    config or manifest cannot be read; anything else that is wrong is in `problems`.
+    `path` may be a model in the local Hub cache. Names and shapes of tensors are compared with the
+    config, sizes of files with the manifest; weights in pickles are not looked into.
+
+    Errors: UserError when it is none of these, or when its config or manifest cannot be read;
+    anything else that is wrong is in `problems`.
     """
-    path = Path(path)
+    path = locate(path)
     if (path / "config.json").is_file() and not (path / folders.MANIFEST).exists():
         return _hugging_face(path)
     return _ours(folders.resolve(path), checksums)
@@ -87,21 +92,35 @@ def inspect(path: str | Path, checksums: bool = False) -> Inspection:
 def _hugging_face(path: Path) -> Inspection:
     config = read_json(path / "config.json", "model's config")
     problems: list[str] = []
-    tensors: list[Entry] = []
-    why = None
+    stored: Mapping[str, Stored] = {}
+    spec, why = None, hf_folder.pickled(path)
     try:
-        stored = Weights(path).tensors
-        tensors = [_entry(name, t.shape, t.dtype) for name, t in sorted(stored.items())]
-    except UserError as error:
-        problems.append(str(error))
-    try:
-        architecture = spec_from_hf(config).to_json()
+        spec = spec_from_hf(config)
     except UserError as error:
         why = str(error)
-        architecture = {field: config.get(key) for field, key in HF_KEYS.items()}
+    try:
+        stored = {} if hf_folder.pickled(path) else Weights(path).tensors
+        if spec is not None and stored:
+            account(path, spec, stored)
+    except UserError as error:
+        problems.append(str(error))
+    said = {field: config.get(key) for field, key in HF_KEYS.items()}
     return Inspection(
-        str(path), "Hugging Face", architecture, why, {}, problems, False, tensors, []
+        str(path),
+        "Hugging Face",
+        said if spec is None else spec.to_json(),
+        why,
+        _tokenizer(path),
+        problems,
+        False,
+        [_entry(name, t.shape, t.dtype) for name, t in sorted(stored.items())],
+        [],
     )
+
+
+def _tokenizer(folder: Path) -> dict[str, str]:
+    """Named where there is none only."""
+    return {} if tokenizer.exists(folder) else {"tokenizer": "none"}
 
 
 def _ours(path: Path, checksums: bool) -> Inspection:
@@ -116,9 +135,9 @@ def _ours(path: Path, checksums: bool) -> Inspection:
     return Inspection(
         str(path),
         KINDS[manifest["kind"]],
-        manifest["spec"],
+        ModelSpec.from_json(manifest["spec"]).to_json(),
         None,
-        _origin(manifest),
+        {**_origin(manifest), **_tokenizer(path / "hf")},
         problems,
         checksums,
         [entry for entry in entries if not entry.name.startswith(OPTIMIZER_PREFIXES)],
@@ -159,11 +178,12 @@ def _count(entries: Iterable[Entry]) -> dict[str, Any]:
 
 def describe(found: Inspection, tensors: bool = False) -> str:
     """The inspection as text, a line per fact and on demand a line per tensor."""
-    whole = "DAMAGED" if found.problems else "whole"
+    whole = "whole" if found.tensors else "weights not looked into"
+    whole = "NOT WHOLE" if found.problems else whole
     checked = ", every checksum right" if found.checksums and not found.problems else ""
     rows = [*_architecture(found.architecture)]
     rows += [("not convertible", found.convertible)] if found.convertible else []
-    rows.append(("parameters", _amount(found.tensors)))
+    rows += [("parameters", _amount(found.tensors))] if found.tensors else []
     rows += [(name, _text(value)) for name, value in found.origin.items()]
     if found.kind == KINDS["training"]:
         state = _amount(found.optimizer) if found.optimizer else "none"
@@ -179,7 +199,7 @@ def describe(found: Inspection, tensors: bool = False) -> str:
 
 def _architecture(spec: Mapping[str, Any]) -> list[tuple[str, str]]:
     rope = f"theta {_text(spec.get('rope_theta'))}"
-    if scaling := spec.get("rope_scaling"):
+    if isinstance(scaling := spec.get("rope_scaling"), Mapping):
         rest = {name: value for name, value in scaling.items() if name != "rope_type"}
         rope += f", {scaling.get('rope_type')} scaling ({_text(rest)})"
     rows = [

@@ -64,6 +64,7 @@ def import_nemo(
     dtype: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    base: str | None = None,
 ) -> Path:
     """Convert a NeMo 2 checkpoint into the weights folder `out`; returns `out`.
 
@@ -73,6 +74,7 @@ def import_nemo(
         dtype: "fp32" or "bf16" to convert to; None keeps what is stored.
         overwrite: replace an earlier weights folder at `out`.
         verify: read both again and compare every tensor bit for bit before `out` appears.
+        base: the model's name, for the cards of what is trained from it; None: the folder's.
 
     Errors: UserError naming the file, tensor or setting at fault.
     """
@@ -96,7 +98,7 @@ def import_nemo(
             files=hashes.finish(folders.list_files(new)),
             kind="weights",
             spec=model.spec.to_json(),
-            base=hf_folder.base_name(folder, {}),
+            base=base or hf_folder.base_name(folder, {}),
             dtype=dtype,
             tied_copy=False,
         )

@@ -46,13 +46,16 @@ SPELLINGS: Mapping[str, Callable[[ModelSpec], Any]] = {
     "head_dim": lambda spec: spec.head_dim,
     "tie_word_embeddings": lambda spec: spec.tied_embeddings,
 }
+# Files of code that are not copied: the classes are transformers' own.
+LEFT_OUT = ("auto_map",)
 DTYPE_KEYS = ("dtype", "torch_dtype")  # of 5 and late 4, of earlier 4
 
 
 def portable_config(
     config: Mapping[str, Any], spec: ModelSpec, dtype: torch.dtype | None = None
 ) -> dict[str, Any]:
-    """`config` with every key of SPELLINGS and DTYPE_KEYS, sorted as transformers sorts.
+    """`config` with every key of SPELLINGS and DTYPE_KEYS, without LEFT_OUT, sorted as transformers
+    sorts.
 
     dtype: of all tensors; None: what the config says, if anything.
     """
@@ -60,7 +63,7 @@ def portable_config(
     named = said if dtype is None else str(dtype).removeprefix("torch.")
     written = {key: value(spec) for key, value in SPELLINGS.items()}
     written |= dict.fromkeys(DTYPE_KEYS, named)
-    kept = {key: value for key, value in config.items() if key not in written}
+    kept = {k: v for k, v in config.items() if k not in written and k not in LEFT_OUT}
     return dict(sorted({**kept, **{k: v for k, v in written.items() if v is not None}}.items()))
 
 
@@ -81,12 +84,20 @@ def portable_tokenizer_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json of transformers 5 in the spelling that 4 reads as well."""
     config = dict(config)
     name = config.get("tokenizer_class")
-    if name in TOKENIZER_CLASSES:
-        config["tokenizer_class"] = TOKENIZER_CLASSES[name]
+    if isinstance(name, str):
+        config["tokenizer_class"] = TOKENIZER_CLASSES.get(name, name)
     for key, kind, older in TOKENIZER_KEYS:
         if isinstance(config.get(key), kind):
-            config[older] = config.pop(key)
+            config[older] = _both(config.pop(key), config.get(older))
     return config
+
+
+def _both(value: Any, older: Any) -> Any:
+    """Two lists or two objects in one, without doubles: each version alone reads one of them."""
+    if isinstance(value, dict) and isinstance(older, dict):
+        return {**older, **value}
+    more = older if isinstance(value, list) and isinstance(older, list) else []
+    return value + [item for item in more if item not in value] if more else value
 
 
 def rewrite_tokenizer_config(folder: Path) -> None:

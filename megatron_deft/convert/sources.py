@@ -4,7 +4,7 @@ A Hugging Face folder and a Megatron state look alike from here, so whoever read
 export, verification, training) need not know which it is.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import hf_folder, mapping
 from megatron_deft.convert.hf_folder import Weights, some
 from megatron_deft.convert.mapping import Parameter, Slot
+from megatron_deft.convert.safetensors_io import Stored
 from megatron_deft.convert.state import StateReader
 from megatron_deft.convert.streams import Reached, nothing_follows
 from megatron_deft.errors import UserError
@@ -49,14 +50,13 @@ class HFSource:
         self.config: dict[str, Any] = hf_folder.read_json(folder / "config.json", "model's config")
         self.spec = spec_from_hf(self.config)
         self.weights = Weights(folder)
-        self.parameters = mapping.parameters(self.spec)
         self.tied_copy = self._has_tied_copy()
-        self._account()
+        self.parameters = account(folder, self.spec, self.weights.tensors)
 
     def _has_tied_copy(self) -> bool:
         """Whether a tied head is stored beside its equal embedding."""
         copy, original = mapping.TIED_COPY
-        if not (self.spec.tied_embeddings and {copy, original} <= self.weights.tensors.keys()):
+        if not _stores_tied_copy(self.spec, self.weights.tensors):
             return False
         if not torch.equal(self.weights.load(copy), self.weights.load(original)):
             raise UserError(
@@ -64,20 +64,6 @@ class HFSource:
                 "set tie_word_embeddings to false if the model has a head of its own"
             )
         return True
-
-    def _account(self) -> None:
-        """Match every tensor to a parameter, or fail by name."""
-        wanted = {name: shape for p in self.parameters for name, shape in p.hf.items()}
-        found = {n for n in self.weights.tensors if not n.endswith(mapping.IGNORED_SUFFIXES)}
-        if self.tied_copy:
-            found.remove(mapping.TIED_COPY[0])
-        _require_none_left(self.path, wanted.keys() - found, found - wanted.keys(), self.spec)
-        for name, shape in wanted.items():
-            if (stored := self.weights.tensors[name].shape) != shape:
-                raise UserError(
-                    f"{self.path}: {name} has shape {list(stored)}, config.json says "
-                    f"{list(shape)}: config and weights are of different models"
-                )
 
     def dtypes(self, parameter: Parameter) -> list[torch.dtype]:
         """See Source."""
@@ -87,6 +73,31 @@ class HFSource:
         """See Source."""
         tensors = [self.weights.load(name).to(dtype) for name in parameter.hf]
         return mapping.join(parameter, tensors, self.spec)
+
+
+def account(folder: Path, spec: ModelSpec, stored: Mapping[str, Stored]) -> list[Parameter]:
+    """The model's parameters, every tensor of a Hugging Face folder matched to one by its header.
+
+    A copy of the embedding for a tied head is not compared with it. Errors: UserError naming what
+    is missing, left over or of another shape.
+    """
+    parameters = mapping.parameters(spec)
+    wanted = {name: shape for p in parameters for name, shape in p.hf.items()}
+    found = {name for name in stored if not name.endswith(mapping.IGNORED_SUFFIXES)}
+    if _stores_tied_copy(spec, stored):
+        found.remove(mapping.TIED_COPY[0])
+    _require_none_left(folder, wanted.keys() - found, found - wanted.keys(), spec)
+    for name, shape in wanted.items():
+        if stored[name].shape != shape:
+            raise UserError(
+                f"{folder}: {name} has shape {list(stored[name].shape)}, config.json says "
+                f"{list(shape)}: config and weights are of different models"
+            )
+    return parameters
+
+
+def _stores_tied_copy(spec: ModelSpec, stored: Mapping[str, Stored]) -> bool:
+    return spec.tied_embeddings and set(mapping.TIED_COPY) <= stored.keys()
 
 
 class StateSource:

@@ -1,10 +1,14 @@
 """Whether a folder's tokenizer belongs to its model, and whether its files say what is read."""
 
+import logging
 from pathlib import Path
+from typing import Any
 
 from megatron_deft.convert.hf_folder import read_json
-from megatron_deft.convert.tokens import PROMPTS, load_tokenizer
+from megatron_deft.convert.tokens import PROMPTS, TOKENIZER_FILES, load_tokenizer
 from megatron_deft.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def check_vocabulary(folder: Path, vocab_size: int) -> None:
@@ -41,7 +45,34 @@ def _added(path: Path) -> dict[str, int]:
     """Tokens that tokenizer_config.json adds."""
     config = read_json(path, "tokenizer's config") if path.exists() else {}
     added = config.get("added_tokens_decoder") or {}
+    if not isinstance(added, dict) or not all(map(_is_added, added.items())):
+        raise UserError(
+            f"{path}: added_tokens_decoder is not a content for each number: download it again"
+        )
     return {entry["content"]: int(number) for number, entry in added.items()}
+
+
+def _is_added(item: tuple[str, Any]) -> bool:
+    number, entry = item
+    named = isinstance(entry, dict) and isinstance(entry.get("content"), str)
+    return named and number.isdecimal()
+
+
+def exists(folder: Path) -> bool:
+    """Whether the folder has a file that a tokenizer is read from."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
+def warn_of_none(folder: Path, remedy: str) -> None:
+    """Log what a folder without a tokenizer will be missed for."""
+    if not exists(folder):
+        logger.warning(
+            "%s has no tokenizer (%s): training on texts, chat and evaluation need one, and an "
+            "export has none: %s",
+            folder,
+            " or ".join(TOKENIZER_FILES),
+            remedy,
+        )
 
 
 def disagreement(folder: Path) -> str | None:

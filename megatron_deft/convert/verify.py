@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import stages
-from megatron_deft.convert.hf_folder import some
+from megatron_deft.convert.hf_folder import locate, some
 from megatron_deft.convert.ours import Megatron, single_process
 from megatron_deft.convert.reference import HuggingFace
 from megatron_deft.convert.stages import Batch, Dtypes, Side
@@ -137,7 +137,7 @@ def verify(
     Errors: UserError in a run of several processes, when a folder cannot be read, or when the two
     are of different sizes.
     """
-    sides = _open(Path(a)), _open(Path(b))
+    sides = _open(locate(a)), _open(locate(b))
     _require_same_facts(*sides)
     dtypes = _dtypes(*sides, DTYPES[dtype] if dtype else None)
     tensors = _compare_tensors(*sides, dtypes)

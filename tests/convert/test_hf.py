@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import card, hf, hf_folder, mapping, portable
+from megatron_deft.convert import card, hf, hf_folder, mapping
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.data.tiny import CHAT_TEMPLATE, make_tiny_llama
 from megatron_deft.errors import UserError
@@ -120,7 +120,7 @@ def test_tokenizer_template_and_model_card(tmp_path: Path) -> None:
     source = make_tiny_llama(tmp_path / "hf", ["a cat sat on a mat"], layers=1, hidden_size=16)
     (source / "LICENSE").write_text("free")
     (source / "optimizer.pt").write_text("not wanted")
-    edit_json(source / "config.json", _name_or_path="owner/model")
+    edit_json(source / "config.json", _name_or_path="owner/HF")
     # As transformers 5 saves it.
     edit_json(source / "tokenizer_config.json", tokenizer_class="TokenizersBackend")
     weights = import_hf(source, tmp_path / "weights")
@@ -138,7 +138,7 @@ def test_tokenizer_template_and_model_card(tmp_path: Path) -> None:
     reference = Tokenizer.from_file(str(source / "tokenizer.json"))
     assert ours(text)["input_ids"] == reference.encode(text).ids
     assert ours.chat_template == CHAT_TEMPLATE
-    assert "base_model: owner/model\n" in (again / "README.md").read_text()
+    assert "base_model: owner/HF\n" in (again / "README.md").read_text()
 
 
 def test_a_tokenizer_that_this_transformers_reads_its_own_way_is_named(
@@ -156,24 +156,6 @@ def test_a_tokenizer_that_this_transformers_reads_its_own_way_is_named(
     warned = [r.message for r in caplog.records if "makes other ids than the file" in r.message]
     assert len(warned) == transformers.__version__.startswith("5.")
     assert all("qwen2_biases_again" in message for message in warned)
-
-
-def test_extra_special_tokens_are_spelled_for_transformers_4() -> None:
-    config = portable.portable_tokenizer_config({"extra_special_tokens": ["<x>"], "a": 1})
-    assert config == {"additional_special_tokens": ["<x>"], "a": 1}
-
-
-@pytest.mark.parametrize(
-    ("path", "config", "name"),
-    [
-        ("/hub/models--org--big-model/snapshots/abc", {}, "org/big-model"),
-        ("/models/local", {"_name_or_path": "org/model"}, "org/model"),
-        ("/models/local", {"_name_or_path": "/tmp/some/where"}, "local"),
-        ("/models/local", {}, "local"),
-    ],
-)
-def test_base_name(path: str, config: dict[str, str], name: str) -> None:
-    assert hf_folder.base_name(Path(path), config) == name
 
 
 def test_tied_head_stored_twice(tied: Path, tmp_path: Path) -> None:
@@ -259,13 +241,6 @@ def test_files_missing_or_damaged_are_named(tmp_path: Path) -> None:
     ):
         import_hf("owner/model", tmp_path / "weights")
     assert names(tmp_path) == {"hf"}
-
-
-def test_pickled_weights_are_refused_with_the_remedy(tied: Path, tmp_path: Path) -> None:
-    shutil.copytree(tied, tmp_path / "hf")
-    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
-    with pytest.raises(UserError, match=r"pytorch_model\.bin but no safetensors.*save_pretrained"):
-        import_hf(tmp_path / "hf", tmp_path / "weights")
 
 
 def test_a_damaged_checkpoint_is_named_at_export(tied_weights: Path, tmp_path: Path) -> None:

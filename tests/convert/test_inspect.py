@@ -1,7 +1,9 @@
 """What a folder is, told from its headers: every kind, whole and damaged."""
 
 import json
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from megatron_deft.cli import main
 from megatron_deft.config import load_config
 from megatron_deft.convert.hf import import_hf
 from megatron_deft.convert.inspect import describe, inspect
+from megatron_deft.convert.mapping import TIED_COPY
 from megatron_deft.errors import UserError
 from megatron_deft.training.run import run
 from tests.convert.tiny_models import CONFIGS, make
@@ -81,7 +85,7 @@ def test_a_hugging_face_folder(source: Path) -> None:
 def test_imported_weights(source: Path, weights: Path) -> None:
     found = inspect(weights, checksums=True)
     assert (found.kind, found.problems, found.optimizer) == ("imported weights", [], [])
-    assert found.origin == {"base": "model"}
+    assert found.origin == {"base": "model", "tokenizer": "none"}
     hf = inspect(source)
     assert found.architecture == hf.architecture
     assert sum(e.bytes for e in found.tensors) == sum(e.bytes for e in hf.tensors)
@@ -125,7 +129,7 @@ def test_damage(weights: Path, source: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-5])
         found = inspect(cut)
         assert len(found.problems) == 1
-        assert f"{cut}: imported weights, DAMAGED" in describe(found, tensors=True)
+        assert f"{cut}: imported weights, NOT WHOLE" in describe(found, tensors=True)
         assert bool(found.tensors) == (name != ".metadata")
 
     hf = tmp_path / "hf"
@@ -134,6 +138,92 @@ def test_damage(weights: Path, source: Path, tmp_path: Path) -> None:
     found = inspect(hf)
     assert "model.safetensors" in found.problems[0]
     assert found.architecture["num_layers"] == 4
+
+
+def edit(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    file = folder / "model.safetensors"
+    stored = load_file(file)
+    change(stored)
+    save_file(stored, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda t: [t.pop(name) for name in list(t) if ".layers.3." in name],
+            r"misses model\.layers\.3\..* and \d+ more: not a llama model of 4 layers",
+        ),
+        (lambda t: t.update(more=torch.ones(1)), r"has unexpected more"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+            r"model\.norm\.weight has shape \[31\], config\.json says \[32\]",
+        ),
+    ],
+)
+def test_tensors_are_held_against_the_config(
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Tensor]], object],
+    says: str,
+) -> None:
+    shutil.copytree(source, tmp_path / "hf")
+    edit(tmp_path / "hf", change)
+    assert main(["convert", "inspect", str(tmp_path / "hf")]) == 1
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'hf'}: Hugging Face, NOT WHOLE\n" in said
+    assert re.search(rf"problem +.*{says}", said)
+
+
+def test_a_tied_head_stored_twice_is_whole(tmp_path: Path) -> None:
+    folder = make(tmp_path / "hf", CONFIGS["llama_gqa_tied"])
+    copy, embedding = TIED_COPY
+    angles = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    edit(folder, lambda t: t.update({copy: t[embedding].clone(), angles: torch.ones(4)}))
+    assert inspect(folder).problems == []
+
+
+def test_pickled_weights_are_to_be_converted_first(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(source, tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    assert main(["convert", "inspect", str(tmp_path / "hf")]) == 0
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'hf'}: Hugging Face, weights not looked into\n" in said
+    assert re.search(r"not convertible +.*pytorch_model\.bin but no safetensors: convert it", said)
+    assert "parameters" not in said
+    (tmp_path / "hf" / "pytorch_model.bin").rename(tmp_path / "hf" / "training_args.bin")
+    (problem,) = inspect(tmp_path / "hf").problems
+    assert "has no model.safetensors" in problem
+
+
+def test_a_missing_tokenizer_is_shown(source: Path, weights: Path, base: Path) -> None:
+    for folder in (source, weights):
+        assert re.search(r"^  tokenizer +none$", describe(inspect(folder)), re.MULTILINE)
+    for folder in (base / "hf", base / "megatron"):
+        assert "tokenizer" not in describe(inspect(folder))
+
+
+def test_a_config_of_odd_values_is_no_traceback(source: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    odd = {**config, "rope_scaling": [1], "num_hidden_layers": None, "vocab_size": {"a": [None]}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(odd))
+    found = inspect(tmp_path / "hf")
+    assert "must be" in (found.convertible or "")
+    assert "layers           None" in describe(found)
+
+
+def test_a_spec_that_lacks_a_field_is_one_line(weights: Path, tmp_path: Path) -> None:
+    shutil.copytree(weights, tmp_path / "w")
+    path = tmp_path / "w" / "megatron_deft.json"
+    manifest = json.loads(path.read_text())
+    del manifest["spec"]["num_layers"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"missing fields \['num_layers'\]"):
+        inspect(tmp_path / "w")
 
 
 def test_a_family_that_cannot_be_converted(source: Path, tmp_path: Path) -> None:

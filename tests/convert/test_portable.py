@@ -14,7 +14,12 @@ from transformers import AutoConfig
 
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.convert.hf_folder import INDEX, SINGLE
-from megatron_deft.convert.portable import SPELLINGS, only_5_reads, portable_config
+from megatron_deft.convert.portable import (
+    SPELLINGS,
+    only_5_reads,
+    portable_config,
+    portable_tokenizer_config,
+)
 from megatron_deft.models.families import FAMILIES, spec_from_hf
 from tests.convert.tiny_models import CONFIGS, make, tensors
 
@@ -107,6 +112,55 @@ def test_mixed_dtypes_are_left_as_the_config_says() -> None:
     assert portable["dtype"] == portable["torch_dtype"] == "float16"
     del config["torch_dtype"]
     assert not {"dtype", "torch_dtype"} & portable_config(config, spec_from_hf(config)).keys()
+
+
+@pytest.mark.parametrize("case", sorted({c.model_type: n for n, c in CONFIGS.items()}.values()))
+def test_no_export_points_to_code_that_it_has_not(case: str) -> None:
+    code = {"AutoConfig": "configuration_x.X", "AutoModelForCausalLM": "modeling_x.X"}
+    config = {**written(case), "auto_map": code}
+    portable = portable_config(config, spec_from_hf(config))
+    assert "auto_map" not in portable
+    assert portable == portable_config(written(case), spec_from_hf(config))
+
+
+def test_an_export_loads_where_remote_code_is_trusted(tmp_path: Path) -> None:
+    source = make(tmp_path / "hf", CONFIGS["phi3_partial"])
+    config = json.loads((source / "config.json").read_text())
+    code = {"AutoConfig": "configuration_phi3.Phi3Config"}
+    (source / "config.json").write_text(json.dumps({**config, "auto_map": code}))
+    weights = import_hf(source, tmp_path / "weights", verify=False)
+    out = export_hf(weights, tmp_path / "out", verify=False)
+    assert AutoConfig.from_pretrained(out, trust_remote_code=True).model_type == "phi3"
+
+
+@pytest.mark.parametrize(
+    ("config", "portable"),
+    [
+        ({"extra_special_tokens": ["<x>"], "a": 1}, {"additional_special_tokens": ["<x>"], "a": 1}),
+        (
+            {"extra_special_tokens": ["<x>", "<y>"], "additional_special_tokens": ["<z>", "<x>"]},
+            {"additional_special_tokens": ["<x>", "<y>", "<z>"]},
+        ),
+        (
+            {"extra_special_tokens": [{"content": "<x>"}], "additional_special_tokens": None},
+            {"additional_special_tokens": [{"content": "<x>"}]},
+        ),
+        ({"additional_special_tokens": ["<z>"]}, {"additional_special_tokens": ["<z>"]}),
+        (
+            {"model_specific_special_tokens": {"a": 1}, "extra_special_tokens": {"a": 0, "b": 2}},
+            {"extra_special_tokens": {"a": 1, "b": 2}},
+        ),
+        (
+            {"model_specific_special_tokens": {"a": 1}, "extra_special_tokens": ["<x>"]},
+            {"extra_special_tokens": {"a": 1}, "additional_special_tokens": ["<x>"]},
+        ),
+        ({"tokenizer_class": ["x"]}, {"tokenizer_class": ["x"]}),
+    ],
+)
+def test_special_tokens_are_spelled_for_transformers_4(
+    config: dict[str, Any], portable: dict[str, Any]
+) -> None:
+    assert portable_tokenizer_config(config) == portable
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 20_000])

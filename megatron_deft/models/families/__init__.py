@@ -13,6 +13,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.models.families.modelspec import ModelSpec
 from megatron_deft.models.families.reading import read_spec
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import shown
 
 __all__ = ["FAMILIES", "Family", "ModelSpec", "spec_from_hf"]
 
@@ -35,6 +36,7 @@ def spec_from_hf(config: Mapping[str, Any]) -> ModelSpec:
     model_type = str(config.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(
-            f"config.json: model_type {model_type!r} is not one of {', '.join(sorted(FAMILIES))}"
+            f"config.json: model_type {shown(model_type)} is not one of "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     return read_spec(FAMILIES[model_type], config)

@@ -1,14 +1,11 @@
 """Gemma 2: four norms of 1 + weight in a layer, capped scores and logits, a window in every other
 layer, embeddings scaled by sqrt(hidden_size)."""
 
-from megatron_deft.models.families.reading import (
-    UNSCALED_ROPE,
-    activation,
-    switch,
-    window_by_layer_types,
-)
+from megatron_deft.models.families import rope
+from megatron_deft.models.families.reading import activation, window_by_layer_types
 from megatron_deft.models.families.rows import ATTENTION, EMBEDDING, FINAL, MLP, L, M, post_norms
 from megatron_deft.models.families.table import Family, Row
+from megatron_deft.models.families.values import optional, real, switch, whole
 
 FAMILY = Family(
     "gemma2",
@@ -25,13 +22,14 @@ FAMILY = Family(
         "qkv_bias": switch("attention_bias"),
         "attention_out_bias": switch("attention_bias"),
         "activation": activation("hidden_activation"),
+        "rope_scaling": rope.unscaled,  # the class knows no other
         "post_norms": True,
         "norm_plus_one": True,
-        "embedding_scale": lambda config: config["hidden_size"] ** 0.5,
-        "attention_scale": lambda config: config["query_pre_attn_scalar"] ** -0.5,
-        "attention_softcap": lambda config: config["attn_logit_softcapping"],
-        "logits_softcap": lambda config: config["final_logit_softcapping"],
-        "window": lambda config: config["sliding_window"],
+        "embedding_scale": lambda config: whole(config, "hidden_size") ** 0.5,
+        "attention_scale": lambda config: real(config, "query_pre_attn_scalar") ** -0.5,
+        "attention_softcap": optional("attn_logit_softcapping", real),
+        "logits_softcap": optional("final_logit_softcapping", real),
+        "window": optional("sliding_window", whole),
         "window_layers": window_by_layer_types(lambda config, layer: layer % 2 == 0),
     },
     defaults={
@@ -45,8 +43,5 @@ FAMILY = Family(
         "final_logit_softcapping": 30.0,
         "attn_logit_softcapping": 50.0,
     },
-    refusals=(
-        ("use_bidirectional_attention", lambda used: not used, "false"),
-        *UNSCALED_ROPE,
-    ),
+    refusals=(("use_bidirectional_attention", lambda used: not used, "false"),),
 )

@@ -2,7 +2,6 @@
 neighbouring pairs."""
 
 from megatron_deft.models.families import rope
-from megatron_deft.models.families.reading import switch
 from megatron_deft.models.families.rows import (
     ATTENTION,
     EMBEDDING,
@@ -12,6 +11,7 @@ from megatron_deft.models.families.rows import (
     PRE_MLP_NORM,
 )
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import switch
 
 FIELDS = {
     "qkv_bias": switch("attention_bias"),

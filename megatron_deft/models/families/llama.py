@@ -1,8 +1,8 @@
 """Llama 2, 3, 3.1 and 3.2, and what shares its architecture (DeepSeek-Math 7B)."""
 
-from megatron_deft.models.families.reading import switch
 from megatron_deft.models.families.rows import LLAMA
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import switch
 
 FAMILY = Family(
     "llama",

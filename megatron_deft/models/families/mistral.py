@@ -3,13 +3,14 @@
 from megatron_deft.models.families.reading import window_in_every_layer
 from megatron_deft.models.families.rows import LLAMA
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import optional, whole
 
 FAMILY = Family(
     "mistral",
     "MistralForCausalLM",
     LLAMA,
     fields={
-        "window": lambda config: config["sliding_window"],
+        "window": optional("sliding_window", whole),
         "window_layers": window_in_every_layer,
     },
     defaults={

@@ -1,9 +1,10 @@
 """Mixtral 8x7B and 8x22B."""
 
 from megatron_deft.models.families import rope
-from megatron_deft.models.families.reading import positive, window_in_every_layer
+from megatron_deft.models.families.reading import window_in_every_layer
 from megatron_deft.models.families.rows import ATTENTION, EMBEDDING, FINAL, PRE_MLP_NORM, experts
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import layers, optional, positive, whole
 
 FAMILY = Family(
     "mixtral",
@@ -25,8 +26,8 @@ FAMILY = Family(
         "experts": positive("num_local_experts"),
         "experts_per_token": positive("num_experts_per_tok"),
         "expert_ffn_hidden_size": positive("intermediate_size"),
-        "expert_layers": lambda config: tuple(range(positive("num_hidden_layers")(config))),
-        "window": lambda config: config["sliding_window"],
+        "expert_layers": lambda config: tuple(range(layers(config))),
+        "window": optional("sliding_window", whole),
         "window_layers": window_in_every_layer,
     },
     defaults={

@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4 with rotary angles that do not depend on the length (4k and 16k, no longrope)."""
 
 from megatron_deft.models.families import rope
-from megatron_deft.models.families.reading import UNSCALED_ROPE, window_in_every_layer
+from megatron_deft.models.families.reading import window_in_every_layer
 from megatron_deft.models.families.rows import (
     ATTENTION_OUT,
     EMBEDDING,
@@ -13,6 +13,7 @@ from megatron_deft.models.families.rows import (
     PRE_MLP_NORM,
 )
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import optional, whole
 
 FAMILY = Family(
     "phi3",
@@ -28,8 +29,9 @@ FAMILY = Family(
         *FINAL,
     ),
     fields={
+        "rope_scaling": rope.unscaled,  # longrope, once spelt su or yarn
         "rotary_fraction": lambda config: rope.fraction(config, 1.0),
-        "window": lambda config: config["sliding_window"],
+        "window": optional("sliding_window", whole),
         "window_layers": window_in_every_layer,
     },
     defaults={
@@ -43,6 +45,5 @@ FAMILY = Family(
         ("attention_bias", lambda used: not used, "false"),
         ("resid_pdrop", lambda p: not p, "0: dropout is a setting of the training run"),
         ("embd_pdrop", lambda p: not p, "0: dropout is a setting of the training run"),
-        *UNSCALED_ROPE,  # longrope, once spelt su or yarn
     ),
 )

@@ -3,18 +3,20 @@
 from megatron_deft.models.families.reading import window_by_layer_types
 from megatron_deft.models.families.rows import LLAMA
 from megatron_deft.models.families.table import Config, Family
+from megatron_deft.models.families.values import boolean, optional, whole
 
 WINDOW_DEFAULTS = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 
 
 def window(config: Config) -> int | None:
     """sliding_window counts only where it is switched on."""
-    return config["sliding_window"] if config["use_sliding_window"] else None
+    used = boolean(config, "use_sliding_window")
+    return optional("sliding_window", whole)(config) if used else None
 
 
 def is_windowed(config: Config, layer: int) -> bool:
     """The layers from max_window_layers on have the window, where one is used."""
-    return window(config) is not None and bool(layer >= config["max_window_layers"])
+    return window(config) is not None and layer >= whole(config, "max_window_layers", least=0)
 
 
 FAMILY = Family(

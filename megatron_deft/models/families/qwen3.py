@@ -1,10 +1,11 @@
 """Qwen3, the dense ones: query and key are normalised head by head."""
 
 from megatron_deft.models.families.qwen2 import WINDOW_DEFAULTS, is_windowed, window
-from megatron_deft.models.families.reading import switch, window_by_layer_types
+from megatron_deft.models.families.reading import window_by_layer_types
 from megatron_deft.models.families.rows import ATTENTION, EMBEDDING, FINAL, MLP, PRE_MLP_NORM
 from megatron_deft.models.families.rows import QK_NORMS as NORMS
 from megatron_deft.models.families.table import Family
+from megatron_deft.models.families.values import switch
 
 FAMILY = Family(
     "qwen3",

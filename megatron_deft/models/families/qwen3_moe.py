@@ -1,7 +1,5 @@
 """Qwen3-MoE (Qwen3-30B-A3B and the like): experts in all layers, or in some."""
 
-from megatron_deft.models.families.reading import positive, switch
-from megatron_deft.models.families.rope import require
 from megatron_deft.models.families.rows import (
     ATTENTION,
     EMBEDDING,
@@ -13,19 +11,20 @@ from megatron_deft.models.families.rows import (
     experts,
 )
 from megatron_deft.models.families.table import Config, Family
+from megatron_deft.models.families.values import items, layers, positive, require, switch, whole
 
 
 def _experts(config: Config) -> int:
     """num_experts to transformers 4, num_local_experts to transformers 5."""
-    found = {config[k] for k in ("num_experts", "num_local_experts") if config.get(k) is not None}
+    keys = ("num_experts", "num_local_experts")
+    found = {whole(config, key) for key in keys if config.get(key) is not None}
     require(len(found) <= 1, f"num_experts and num_local_experts differ: {sorted(found)}")
-    return positive("experts")({"experts": found.pop() if found else 128})
+    return found.pop() if found else 128
 
 
 def _expert_layers(config: Config) -> tuple[int, ...]:
-    step, without = config["decoder_sparse_step"], config["mlp_only_layers"] or ()
-    layers = range(positive("num_hidden_layers")(config))
-    return tuple(i for i in layers if i not in without and (i + 1) % step == 0)
+    step, without = whole(config, "decoder_sparse_step"), items(config, "mlp_only_layers", int)
+    return tuple(i for i in range(layers(config)) if i not in without and (i + 1) % step == 0)
 
 
 FAMILY = Family(

@@ -7,10 +7,20 @@ without complaint and is wrong for ever.
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_deft.errors import UserError
 from megatron_deft.models.families import rope
 from megatron_deft.models.families.modelspec import ModelSpec
-from megatron_deft.models.families.rope import require
 from megatron_deft.models.families.table import Config, Family, Refusal
+from megatron_deft.models.families.values import (
+    boolean,
+    items,
+    layers,
+    positive,
+    real,
+    require,
+    shown,
+    whole,
+)
 
 # What the config classes of most families assume for absent keys.
 DEFAULTS: Config = {
@@ -33,16 +43,7 @@ ACTIVATIONS: Mapping[str, str] = {
 
 REFUSALS: tuple[Refusal, ...] = (
     ("quantization_config", lambda config: config is None, "absent: start from whole weights"),
-)
-
-# For families whose class knows no scaling, or means something else by the same name.
-UNSCALED_ROPE: tuple[Refusal, ...] = tuple(
-    (
-        key,
-        lambda entry: not entry or entry.get("rope_type", entry.get("type")) in (None, "default"),
-        "of rope_type default",
-    )
-    for key in ("rope_parameters", "rope_scaling")
+    ("transformers_weights", lambda file: file is None, "absent: weights have their usual names"),
 )
 
 
@@ -51,32 +52,19 @@ def activation(key: str) -> Callable[[Config], str]:
 
     def read(config: Config) -> str:
         name = config.get(key)
-        require(
-            name in ACTIVATIONS, f"{key} {name!r} is not supported: only {', '.join(ACTIVATIONS)}"
-        )
-        return ACTIVATIONS[str(name)]
-
-    return read
-
-
-def positive(key: str) -> Callable[[Config], int]:
-    """Reads a positive integer."""
-
-    def read(config: Config) -> int:
-        value = config.get(key)
-        require(
-            isinstance(value, int) and not isinstance(value, bool) and value > 0,
-            f"{key} must be a positive integer, got {value!r}",
-        )
-        return int(config[key])
+        found = ACTIVATIONS.get(name) if isinstance(name, str) else None
+        if found is None:
+            legal = ", ".join(ACTIVATIONS)
+            raise UserError(f"config.json: {key} {shown(name)} is not supported: only {legal}")
+        return found
 
     return read
 
 
 def _head_dim(config: Config) -> int:
     if config["head_dim"] is not None:
-        return positive("head_dim")(config)
-    hidden, heads = positive("hidden_size")(config), positive("num_attention_heads")(config)
+        return whole(config, "head_dim")
+    hidden, heads = whole(config, "hidden_size"), whole(config, "num_attention_heads")
     require(hidden % heads == 0, f"hidden_size {hidden} is not a multiple of {heads} heads")
     return hidden // heads
 
@@ -94,13 +82,13 @@ def _attention_scale(config: Config) -> float | None:
 
 
 def _no_window(config: Config) -> tuple[int, ...]:
-    kinds = set(config.get("layer_types") or ())
-    require(kinds <= {"full_attention"}, f"layer_types {sorted(kinds)}: only full_attention")
+    kinds = sorted(set(items(config, "layer_types", str)))
+    require(kinds in ([], ["full_attention"]), f"layer_types {shown(kinds)}: only full_attention")
     return ()
 
 
 COMMON: Mapping[str, Callable[[Config], Any]] = {
-    "num_layers": positive("num_hidden_layers"),
+    "num_layers": layers,
     "hidden_size": positive("hidden_size"),
     "ffn_hidden_size": positive("intermediate_size"),
     "num_attention_heads": positive("num_attention_heads"),
@@ -108,32 +96,26 @@ COMMON: Mapping[str, Callable[[Config], Any]] = {
     "head_dim": _head_dim,
     "vocab_size": positive("vocab_size"),
     "max_position_embeddings": positive("max_position_embeddings"),
-    "rms_norm_eps": lambda config: float(config["rms_norm_eps"]),
+    "rms_norm_eps": lambda config: real(config, "rms_norm_eps", most=1),
     "rope_theta": lambda config: rope.theta(config, rope.DEFAULT_THETA),
     "rope_scaling": rope.scaling,
     "rotary_fraction": _whole_heads,
     "attention_scale": _attention_scale,
-    "tied_embeddings": lambda config: bool(config["tie_word_embeddings"]),
+    "tied_embeddings": lambda config: boolean(config, "tie_word_embeddings"),
     "qkv_bias": lambda config: False,
     "attention_out_bias": lambda config: False,
     "mlp_bias": lambda config: False,
-    "initializer_range": lambda config: float(config["initializer_range"]),
+    "initializer_range": lambda config: real(config, "initializer_range", zero=True, most=1),
     "activation": activation("hidden_act"),
     "window": lambda config: None,
     "window_layers": _no_window,
 }
 
 
-def switch(key: str) -> Callable[[Config], bool]:
-    """Reads a boolean."""
-    return lambda config: bool(config[key])
-
-
 def window_in_every_layer(config: Config) -> tuple[int, ...]:
     """For families whose sliding_window, where there is one, is every layer's."""
     require(config.get("layer_types") is None, "layer_types is another family's key: remove it")
-    layers = positive("num_hidden_layers")(config)
-    return () if config["sliding_window"] is None else tuple(range(layers))
+    return () if config["sliding_window"] is None else tuple(range(layers(config)))
 
 
 def window_by_layer_types(
@@ -142,13 +124,14 @@ def window_by_layer_types(
     """Layers with a sliding window: those of layer_types, or by `is_windowed` without that key."""
 
     def read(config: Config) -> tuple[int, ...]:
-        layers = positive("num_hidden_layers")(config)
-        if (kinds := config.get("layer_types")) is None:
-            return tuple(i for i in range(layers) if is_windowed(config, i))
+        count = layers(config)
+        if config.get("layer_types") is None:
+            return tuple(i for i in range(count) if is_windowed(config, i))
+        kinds = items(config, "layer_types", str)
         require(
-            len(kinds) == layers and set(kinds) <= {"full_attention", "sliding_attention"},
-            f"layer_types {sorted(set(kinds))} of {len(kinds)} layers is not supported: one of "
-            f"full_attention, sliding_attention for each of {layers} layers",
+            len(kinds) == count and set(kinds) <= {"full_attention", "sliding_attention"},
+            f"layer_types {shown(sorted(set(kinds)))} of {len(kinds)} layers is not supported: one "
+            f"of full_attention, sliding_attention for each of {count} layers",
         )
         return tuple(i for i, kind in enumerate(kinds) if kind == "sliding_attention")
 
@@ -157,17 +140,17 @@ def window_by_layer_types(
 
 def read_spec(family: Family, config: Config) -> ModelSpec:
     """The ModelSpec of a config of `family`. Errors: UserError for what is not reproduced."""
-    architectures = config.get("architectures") or [family.architecture]
+    architectures = items(config, "architectures", str)
     require(
-        list(architectures) == [family.architecture],
-        f"architectures {architectures} is not supported: only {family.architecture}",
+        architectures in ([], [family.architecture]),
+        f"architectures {shown(architectures)} is not supported: only {family.architecture}",
     )
     config = {**DEFAULTS, **family.defaults, **config}
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = config.get("num_attention_heads")
     for key, is_fine, legal in (*REFUSALS, *family.refusals):
         value = config.get(key)
-        require(is_fine(value), f"{key} {value!r} is not supported: only {legal}")
+        require(is_fine(value), f"{key} {shown(value)} is not supported: only {legal}")
     read = {
         name: value(config) if callable(value) else value
         for name, value in {**COMMON, **family.fields}.items()
@@ -186,6 +169,10 @@ def read_spec(family: Family, config: Config) -> ModelSpec:
 def _check(spec: ModelSpec) -> None:
     heads, groups = spec.num_attention_heads, spec.num_query_groups
     require(heads % groups == 0, f"{heads} heads do not divide by {groups} groups")
+    require(
+        spec.experts_per_token <= spec.experts,
+        f"num_experts_per_tok is {spec.experts_per_token}, there are {spec.experts} experts",
+    )
     require(
         spec.rotary_dim % 2 == 0 and spec.rotary_dim > 0,
         f"{spec.rotary_dim} rotated dimensions of each head are not pairs",
