@@ -33,7 +33,7 @@ DIGEST = 32  # bytes of blake2b kept
 LAG = 16  # blocks
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+")
+_TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+(-\d+)?")
 
 
 def list_files(folder: str | Path) -> list[str]:

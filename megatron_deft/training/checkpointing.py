@@ -134,7 +134,7 @@ def save(
             revision=revision(),
             **fields,
         )
-        publish_folder(temporary, final)
+        publish_folder(temporary, final, overwrite=True)
         checkpoint_folder.write_latest(root, final.name)
         checkpoint_folder.drop_oldest(root, final, keep, spare)
     dist.barrier()
