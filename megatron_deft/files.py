@@ -108,7 +108,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> 
     if Path(path).is_file():
         raise UserError(f"{path} is a file: remove it, or choose another name")
     path = Path(os.path.realpath(path))
-    _remove_abandoned(path, "tmp")
+    remove_abandoned(path, "tmp")
     require_space(path, needs)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _new_folder(path, "tmp")
@@ -117,7 +117,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> 
         _lock(lock)
         yield temporary
         publish_folder(temporary, path, overwrite)
-        _remove_abandoned(path, "old")
+        remove_abandoned(path, "old")
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -148,7 +148,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _remove_abandoned(path: Path, kind: str) -> None:
+def remove_abandoned(path: Path, kind: str) -> None:
     """Remove the `kind` ("tmp", "old") folders of `path` whose process was killed.
 
     Two signs are asked for, as each alone can deceive: the process may run on another machine that

@@ -134,6 +134,7 @@ def export_hf(
             target / "config.json", portable.portable_config(config, source.spec, uniform)
         )
         portable.rewrite_tokenizer_config(target)
+        folders.write_source(target, manifest)
         (target / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
         if verify:
             proof.require_equal(target, folder, dtype)
