@@ -29,6 +29,7 @@ MANIFEST = "megatron_deft.json"
 FORMAT = 2
 KINDS = ("weights", "training")
 LATEST = "latest"
+SOURCE = "megatron_deft_source.json"  # in an export: which folder it was made of
 BLOCK = 16 * 2**20  # bytes hashed at a time
 LAG = 16  # blocks
 
@@ -57,7 +58,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")
-_TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+")
+_TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+(-\d+)?")
 
 
 def list_files(folder: str | Path) -> list[str]:
@@ -242,6 +243,33 @@ def verify(
     return problems
 
 
+def write_source(export: str | Path, manifest: Mapping[str, Any]) -> None:
+    """Record in the folder `export` that it is made of the folder with this manifest."""
+    made_of = {"kind": manifest["kind"], "step": manifest["step"]}
+    with atomic_write(Path(export) / SOURCE) as handle:
+        json.dump({**made_of, "manifest_blake2b": _fingerprint(manifest)}, handle, indent=1)
+        handle.write("\n")
+
+
+def is_export_of(export: str | Path, folder: str | Path) -> bool:
+    """Whether `export` was made of `folder` as it is now, not of another that had its name.
+
+    Errors: UserError when `folder` has no manifest.
+    """
+    try:
+        recorded = json.loads((Path(export) / SOURCE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    made_of = recorded.get("manifest_blake2b") if isinstance(recorded, dict) else None
+    return bool(made_of == _fingerprint(read_manifest(folder)))
+
+
+def _fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest, which names every file's checksum: the same means the same folder."""
+    text = json.dumps(manifest, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=DIGEST).hexdigest()
+
+
 def step_name(step: int) -> str:
     """Name of the checkpoint folder of one optimizer step, such as step_00000020."""
     return f"step_{step:08d}"
@@ -255,10 +283,29 @@ def drop_oldest(
     Later ones are not looked at. Those of `spare` stay, and are removed by a later call.
     """
     if keep is not None:
-        steps = sorted(p for p in Path(root).glob("step_*") if _STEP_NAME.fullmatch(p.name))
-        for path in [p for p in steps if p.name <= newest.name][:-keep]:
-            if path not in spare:
+        spared = {path.resolve() for path in spare}
+        for path in [p for p in _step_folders(Path(root)) if p.name <= newest.name][:-keep]:
+            if path.resolve() not in spared:
                 shutil.rmtree(path)
+
+
+def set_aside(root: str | Path, step: int) -> list[str]:
+    """Rename the folders of steps after `step` below `root` to step_N.abandoned.
+
+    returns: lines for the log
+    """
+    notes = []
+    for path in _step_folders(Path(root)):
+        if path.name > step_name(step):
+            aside = path.with_name(f"{path.name}.abandoned")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            notes.append(f"{path} is not of this run: kept as {aside.name}")
+    return notes
+
+
+def _step_folders(root: Path) -> list[Path]:
+    return sorted(path for path in root.glob("step_*") if _STEP_NAME.fullmatch(path.name))
 
 
 def candidates(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:

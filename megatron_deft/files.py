@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -58,56 +59,84 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
-def publish_folder(temporary: Path, path: Path) -> None:
+def publish_folder(temporary: Path, path: Path, overwrite: bool = False) -> None:
     """Flush everything below `temporary`, then give it its final name.
 
-    An existing `path` is moved aside first and deleted after, so that at every moment one of the
-    two is whole under a name of its own.
+    With `overwrite` an existing `path` is moved aside first and deleted after, so that at every
+    moment one of the two is whole under a name of its own.
+
+    Errors: UserError when something has that name by now and is not to be replaced.
     """
     for entry in sorted(temporary.rglob("*")):
         fsync_path(entry)
     fsync_path(temporary)
     retired = None
-    if path.exists():
-        retired = path.with_name(f".{path.name}.old-{os.getpid()}")
+    if overwrite and path.exists():
+        retired = _new_folder(path, "old")
         os.rename(path, retired)
-    os.rename(temporary, path)
+    try:
+        os.rename(temporary, path)  # would replace an empty folder, but nothing else
+    except OSError as error:
+        if not os.path.lexists(path):
+            raise
+        raise UserError(
+            f"{path} has appeared while it was being written here: it is left as it is, and what "
+            "was written is removed: choose another name, or pass --overwrite"
+        ) from error
     fsync_path(path.parent)
     if retired is not None:
-        shutil.rmtree(retired)
+        shutil.rmtree(retired, ignore_errors=True)  # the next call tries again
 
 
 @contextmanager
 def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` only when the block succeeds.
 
-    What earlier processes left behind when they were killed is removed first.
+    What earlier processes left behind when they were killed is removed first. A `path` that is a
+    link stays one: all this happens where it leads.
 
     Args:
         path: the final name.
-        overwrite: replace what has that name.
+        overwrite: replace the folder of that name.
         needs: bytes that the block will write.
 
-    Errors: UserError when `path` exists and `overwrite` is false, or when the disk is too full.
+    Errors: UserError when `path` exists and `overwrite` is false, at the start or at the end, when
+    it is a file, or when the disk is too full.
     """
-    path = Path(path)
-    if path.exists() and not overwrite:
+    if Path(path).exists() and not overwrite:
         raise UserError(f"{path} exists already: remove it, choose another, or pass --overwrite")
-    _remove_abandoned(path, "tmp")
+    if Path(path).is_file():
+        raise UserError(f"{path} is a file: remove it, or choose another name")
+    path = Path(os.path.realpath(path))
+    remove_abandoned(path, "tmp")
     require_space(path, needs)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(path)
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    temporary = _new_folder(path, "tmp")
     lock = os.open(temporary, os.O_RDONLY)
     try:
         _lock(lock)
         yield temporary
-        publish_folder(temporary, path)
-        _remove_abandoned(path, "old")
+        publish_folder(temporary, path, overwrite)
+        remove_abandoned(path, "old")
     finally:
         os.close(lock)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _new_folder(path: Path, kind: str) -> Path:
+    """Make a hidden sibling of `path` under a name that is free.
+
+    On a shared disk that of our pid may be taken: each container counts its processes from 1.
+    """
+    for number in count():
+        suffix = f"-{number}" if number else ""
+        folder = path.with_name(f".{path.name}.{kind}-{os.getpid()}{suffix}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("there is always a next number")
 
 
 def _lock(descriptor: int) -> bool:
@@ -119,16 +148,17 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _remove_abandoned(path: Path, kind: str) -> None:
+def remove_abandoned(path: Path, kind: str) -> None:
     """Remove the `kind` ("tmp", "old") folders of `path` whose process was killed.
 
     Two signs are asked for, as each alone can deceive: the process may run on another machine that
-    shares the disk, and a file system may know no locks.
+    shares the disk, and a file system may know no locks. Our own pid is no sign: who has it is
+    another container, or was.
     """
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.{kind}-(\d+)")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{kind}-(\d+)(-\d+)?")
     for entry in path.parent.iterdir() if path.parent.is_dir() else ():
         match = pattern.fullmatch(entry.name)
-        if match and entry.is_dir() and not _alive(int(match[1])) and _unlocked(entry):
+        if match and entry.is_dir() and not _is_another(int(match[1])) and _unlocked(entry):
             shutil.rmtree(entry, ignore_errors=True)
 
 
@@ -143,7 +173,10 @@ def _unlocked(folder: Path) -> bool:
         os.close(descriptor)
 
 
-def _alive(pid: int) -> bool:
+def _is_another(pid: int) -> bool:
+    """Whether another process of this machine has that number."""
+    if pid == os.getpid():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

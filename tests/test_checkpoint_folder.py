@@ -277,6 +277,34 @@ def test_resolve_errors(tmp_path: Path, name: str, says: str) -> None:
         folders.resolve(tmp_path / name)
 
 
+def test_an_export_knows_the_folder_it_was_made_of(tmp_path: Path) -> None:
+    ours, export = make(tmp_path / "ours"), tmp_path / "export"
+    export.mkdir()
+    assert not folders.is_export_of(export, ours), "nothing is recorded, as by an older version"
+    folders.write_source(export, folders.read_manifest(ours))
+    assert folders.is_export_of(export, ours)
+    ours.rename(tmp_path / "moved")
+    assert folders.is_export_of(export, tmp_path / "moved")
+    assert not folders.is_export_of(export, make(ours)), "the same name and step, other bytes"
+    for text in ("[]", "{", "{}"):
+        (export / folders.SOURCE).write_text(text)
+        assert not folders.is_export_of(export, ours)
+
+
+def test_later_steps_are_set_aside(tmp_path: Path) -> None:
+    for name in ("step_00000001", "step_00000002", "step_00000003", "step_00000003.abandoned"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "was").write_text(name)
+    notes = folders.set_aside(tmp_path, 2)
+    assert notes == [
+        f"{tmp_path}/step_00000003 is not of this run: kept as step_00000003.abandoned"
+    ]
+    left = {path.name: (path / "was").read_text() for path in tmp_path.iterdir()}
+    own = {name: name for name in ("step_00000001", "step_00000002")}
+    assert left == own | {"step_00000003.abandoned": "step_00000003"}
+    assert folders.set_aside(tmp_path / "nowhere", 2) == []
+
+
 def test_is_a_leaf() -> None:
     """Looking at a folder must not cost an import of torch or megatron."""
     code = "import megatron_deft.checkpoint_folder, sys, json; print(json.dumps(list(sys.modules)))"

@@ -29,6 +29,13 @@ def interrupted_folder(target: Path, overwrite: bool = False) -> None:
         raise RuntimeError("stop")
 
 
+def overtaken(target: Path, thesis: Path) -> None:
+    with atomic_folder(target) as folder:
+        (folder / "x").write_text("ours")
+        thesis.parent.mkdir(exist_ok=True)
+        thesis.write_text("years of work")
+
+
 def test_file_appears_only_when_the_block_ends(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "a.txt"
     with atomic_write(target) as handle:
@@ -154,3 +161,78 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path: Path) -> None:
         pass
     assert names(tmp_path) == set()
     require_space(target, free // 2)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_what_appears_under_the_final_name_is_not_touched(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / "out"
+    thesis = target / "thesis.txt" if kind == "folder" else target
+    with pytest.raises(UserError, match=rf"{target} has appeared .* left as it is.*another"):
+        overtaken(target, thesis)
+    assert thesis.read_text() == "years of work"
+    assert names(tmp_path) == {"out"}
+
+
+def test_a_link_leads_to_the_folder_that_is_replaced(tmp_path: Path) -> None:
+    """A weights folder linked to a large disk stays there."""
+    big, link = tmp_path / "big", tmp_path / "here" / "out"
+    (big / "weights").mkdir(parents=True)
+    (big / "weights" / "old").write_text("old")
+    link.parent.mkdir()
+    link.symlink_to(big / "weights")
+    with atomic_folder(link, overwrite=True) as folder:
+        assert folder.parent == big
+        (folder / "new").write_text("new")
+    assert link.is_symlink()
+    assert names(link) == {"new"}
+    assert names(big) == {"weights"}
+    assert names(link.parent) == {"out"}
+
+
+def test_a_link_to_nothing_yet(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "weights")
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "x").write_text("1")
+    assert names(tmp_path / "big" / "weights") == {"x"}
+    assert (tmp_path / "out").is_symlink()
+
+
+def test_a_file_is_not_overwritten_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("notes")
+    with (
+        pytest.raises(UserError, match="out is a file: remove it, or choose another"),
+        atomic_folder(tmp_path / "out", overwrite=True),
+    ):
+        pass
+    assert (tmp_path / "out").read_text() == "notes"
+
+
+@pytest.mark.parametrize("kind", ["tmp", "old"])
+def test_another_container_may_have_our_pid(tmp_path: Path, kind: str) -> None:
+    """What it is writing is locked and stays; once it is dead, it goes."""
+    target = tmp_path / "out"
+    held = tmp_path / f".out.{kind}-{os.getpid()}"
+    for folder in (held, target):
+        folder.mkdir()
+        (folder / "x").write_text("theirs")
+    descriptor = os.open(held, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    with atomic_folder(target, overwrite=True) as folder:
+        (folder / "x").write_text("ours")
+    assert (held / "x").read_text() == "theirs"
+    assert (target / "x").read_text() == "ours"
+    assert names(tmp_path) == {"out", held.name}
+    os.close(descriptor)
+    with atomic_folder(target, overwrite=True):
+        pass
+    assert names(tmp_path) == {"out"}
+
+
+def test_counted_leftovers_are_removed(tmp_path: Path, dead: int) -> None:
+    for name in (f".out.tmp-{dead}-1", f".out.old-{dead}-12"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    with atomic_folder(tmp_path / "out"):
+        pass
+    assert names(tmp_path) == {"out"}

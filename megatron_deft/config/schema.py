@@ -204,8 +204,8 @@ class CheckpointConfig(Section):
     path: ClassVar[str] = "checkpoint."
     export_hf: Literal["never", "last", "every_save"] = key(
         "write the last or every checkpoint as a Hugging Face folder too, run_dir/hf/step_N, "
-        "proven equal, in a process of its own on a CPU while training goes on; "
-        "train.keep_checkpoints counts for them as well",
+        "proven equal, in a process of its own on a CPU while training goes on (or, what is still "
+        "missing, when the run is resumed); train.keep_checkpoints counts for them as well",
         "never",
     )
 

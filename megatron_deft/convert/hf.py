@@ -140,6 +140,7 @@ def export_hf(
             target / "config.json", portable.portable_config(config, source.spec, uniform)
         )
         portable.rewrite_tokenizer_config(target)
+        folders.write_source(target, manifest)
         (target / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
         if verify:
             proof.require_equal(target, folder, dtype)
@@ -171,9 +172,21 @@ def require_whole(source: Path, **how: Any) -> None:
 
 
 def check_target(out: Path, source: Path, overwrite: bool, marker: str) -> None:
-    """Refuse to write over the source, or over a folder that is not of the kind to be written."""
-    if out.resolve() in (source.resolve(), *source.resolve().parents):
+    """Refuse to write over, above or into the source, and over what is not of the kind to come.
+
+    Nor into any other weights or checkpoint folder: its hf/ looks like an earlier export.
+    """
+    target, origin = out.resolve(), source.resolve()
+    if target in (origin, *origin.parents):
         raise UserError(f"{out} holds the source {source}: name another output folder")
+    if origin in target.parents:
+        raise UserError(f"{out} lies in the source {source}: name an output folder outside it")
+    holder = next((p for p in target.parents if (p / folders.MANIFEST).exists()), None)
+    if holder is not None:
+        raise UserError(
+            f"{out} lies in {holder}, which has a {folders.MANIFEST} of its own: name an output "
+            "folder outside it"
+        )
     if not out.exists():
         return
     if not overwrite:

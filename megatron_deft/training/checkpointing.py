@@ -27,6 +27,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.revision import revision
+from megatron_deft.training.exports import FOLDER as EXPORTS
 from megatron_deft.training.optimizer import restore, sharded_state, steps
 
 
@@ -134,7 +135,7 @@ def save(
             revision=revision(),
             **fields,
         )
-        publish_folder(temporary, final)
+        publish_folder(temporary, final, overwrite=True)
         checkpoint_folder.write_latest(root, final.name)
         checkpoint_folder.drop_oldest(root, final, keep, spare)
     dist.barrier()
@@ -271,19 +272,18 @@ def clear_the_way(run_dir: Path, position: Position) -> list[str]:
     """Make run_dir ready to go on from `position`; rank 0 calls it at the start of a run.
 
     What interrupted saves left under temporary names is deleted. Checkpoints of later steps
-    (damaged ones that were passed over, or another way the run went before) are renamed to
-    step_N.abandoned: a later --resume must not take them for this run's newest.
+    (damaged ones that were passed over, or another way the run went before) and their exports are
+    renamed to step_N.abandoned: nobody must take them for this run's newest.
     returns: lines for the log
     """
-    root, notes = run_dir / "checkpoints", []
+    root = run_dir / "checkpoints"
     for path in root.glob(".step_*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in sorted(root.glob("step_*")):
-        if path.name > checkpoint_folder.step_name(position.step) and "." not in path.name:
-            aside = path.with_name(f"{path.name}.abandoned")
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            notes.append(f"{path} is not of this run: kept as {aside.name}")
+    notes = [
+        note
+        for folder in (root, run_dir / EXPORTS)
+        for note in checkpoint_folder.set_aside(folder, position.step)
+    ]
     own = root / checkpoint_folder.step_name(position.step)
     if own.exists():
         checkpoint_folder.write_latest(root, own.name)

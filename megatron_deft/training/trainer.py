@@ -169,13 +169,15 @@ class Trainer:
         if self.position.step >= total:
             say(f"step {self.position.step} of {total} is done: nothing is left to train")
             if dist.get_rank() == 0:
-                self.exports.ended(self.files.parent)
+                self.exports.resumed(self.files.parent, is_last=True)
             return {}
         if dist.get_rank() == 0:
             for note in checkpointing.clear_the_way(self.run_dir, self.position):
                 say(f"warning: {note}")
             with atomic_write(self.run_dir / "config.yaml") as handle:
                 handle.write(dump_yaml(cfg))
+            if self.position.step:
+                self.exports.resumed(self.files.parent, is_last=False)
         say(
             f"training with {self.attachment.objective.spec}, reduction {cfg.reduction}: steps "
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from megatron_deft.checkpoint_folder import verify
 from megatron_deft.cli import main
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.convert.hf_folder import INDEX
@@ -165,15 +166,15 @@ SOURCES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("verify", [[], ["--no-verify"]], ids=["verify", "no-verify"])
+@pytest.mark.parametrize("proof", [[], ["--no-verify"]], ids=["verify", "no-verify"])
 @pytest.mark.parametrize("case", sorted(SOURCES))
 def test_a_damaged_model_is_one_line(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, verify: list[str]
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str, proof: list[str]
 ) -> None:
     damage, says = SOURCES[case]
     shutil.copytree(model, tmp_path / "hf")
     damage(tmp_path / "hf")
-    assert main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "out"), *verify]) == 2
+    assert main(["convert", "import", str(tmp_path / "hf"), str(tmp_path / "out"), *proof]) == 2
     said = capsys.readouterr().err
     assert re.search(says, said), said
     assert said.count("\n") == 1
@@ -191,6 +192,38 @@ def test_a_target_that_exists_is_one_line(
     assert "out exists already: name another folder or pass --overwrite" in said
     assert said.count("\n") == 1
     assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize(
+    ("direction", "source", "out", "says"),
+    [
+        ("export", "weights", "weights/hf", "weights/hf lies in the source"),
+        ("export", "weights", "weights/state/new", "weights/state/new lies in the source"),
+        ("export", "weights", "link", "link lies in the source"),
+        ("export", "weights", ".", "holds the source"),
+        ("export", "weights", "other/hf", r"other/hf lies in .*/other, .* of its own"),
+        ("import", "hf", "other/hf/new", r"other/hf/new lies in .*/other, .* of its own"),
+        ("import", "hf", "hf/weights", "hf/weights lies in the source"),
+        ("import", "hf", "hf", "hf holds the source"),
+    ],
+)
+def test_a_target_in_or_above_the_source_is_one_line(
+    model: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    direction: str, source: str, out: str, says: str, overwrite: list[str],
+) -> None:  # fmt: skip
+    """Its hf/ has a config.json, as an earlier export has, but is a part of it."""
+    shutil.copytree(model, tmp_path / "hf")
+    for name in ("weights", "other"):
+        shutil.copytree(weights, tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "weights" / "hf")
+    arguments = ["convert", direction, str(tmp_path / source), str(tmp_path / out), *overwrite]
+    assert main([*arguments, "--no-verify"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(says, said), said
+    assert said.count("\n") == 1
+    assert set(os.listdir(tmp_path)) == {"hf", "weights", "other", "link"}
+    assert verify(tmp_path / "weights") == verify(tmp_path / "other") == []
 
 
 def test_a_model_that_the_disk_has_no_room_for(tmp_path: Path) -> None:
