@@ -267,7 +267,7 @@ def is_export_of(export: str | Path, folder: str | Path) -> bool:
 def _fingerprint(manifest: Mapping[str, Any]) -> str:
     """Of a manifest, which names every file's checksum: the same means the same folder."""
     text = json.dumps(manifest, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=DIGEST).hexdigest()
+    return str(xxh3_128(text.encode()).hexdigest())
 
 
 def step_name(step: int) -> str:
