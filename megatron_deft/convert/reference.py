@@ -101,8 +101,12 @@ class HuggingFace:
 
 
 def _windows(config: Any) -> tuple[int | None, ...]:
-    """The sliding window of each layer, as transformers' models take it from their config."""
-    window = getattr(config, "sliding_window", None)
+    """The sliding window of each layer, as transformers' models take it from their config.
+
+    A config keeps every key it is given; only those whose class has the field mean a window by it.
+    """
+    has_windows = hasattr(type(config)(), "sliding_window")
+    window = config.sliding_window if has_windows else None
     kinds = getattr(config, "layer_types", None)
     kinds = kinds or ["sliding_attention"] * config.num_hidden_layers
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
@@ -111,7 +115,7 @@ def _windows(config: Any) -> tuple[int | None, ...]:
 def _with_window(config: Any, batch: Batch) -> Any:
     """A copy of `config` with the batch's sliding window."""
     config = deepcopy(config)
-    if getattr(config, "sliding_window", None) is not None:
+    if any(_windows(config)):
         config.sliding_window = batch.shortened(config.sliding_window)
     return config
 
@@ -335,6 +339,8 @@ def _angles(output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
 def _margin(name: str, chosen: int, shape: torch.Size, output: Any) -> dict[str, Tensor]:
     """Between the last expert chosen and the first one left out, of the largest score."""
     scores = _hidden(output).reshape(*shape, -1)
+    if chosen == scores.shape[-1]:  # none is left out
+        return {name: torch.full(shape, torch.inf)}
     top = scores.topk(chosen + 1, dim=-1).values
     return {name: (top[..., -2] - top[..., -1]) / scores.abs().amax(dim=-1)}
 

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig
 
 from megatron_deft.convert import hf as convert_hf
 from megatron_deft.convert import mapping
@@ -250,10 +250,21 @@ def test_massive_activations_hide_no_fault_of_experts(tmp_path: Path, spoil: Spo
 
 
 def windowed(folder: Path, **fields: Any) -> Path:
-    from transformers import MistralConfig
-
     sizes = {**COMMON, "max_position_embeddings": 2048, "num_key_value_heads": 2}
     return make(folder, MistralConfig(**sizes, vocab_size=128, sliding_window=300, **fields))
+
+
+def test_a_window_that_the_family_does_not_know(source: Path, tmp_path: Path) -> None:
+    """A Mistral saved as a Llama: transformers keeps the key and never looks at it."""
+    hf = reconfigured(source, tmp_path / "hf", sliding_window=16)
+    assert import_hf(hf, tmp_path / "weights").is_dir()
+
+
+def test_every_token_goes_to_every_expert(tmp_path: Path) -> None:
+    sizes = {**COMMON, "num_key_value_heads": 2, "num_hidden_layers": 1}
+    config = MixtralConfig(**sizes, vocab_size=64, num_local_experts=2, num_experts_per_tok=2)
+    hf = make(tmp_path / "hf", config)
+    assert verify(hf, import_hf(hf, tmp_path / "weights")).ok
 
 
 def test_windows_of_another_size_are_told(tmp_path: Path) -> None:
@@ -391,8 +402,6 @@ def near_tie(tensors: dict[str, Tensor]) -> None:
 
 @pytest.mark.skipif("mixtral" not in FAMILIES, reason="this version converts no mixtral")
 def test_equally_good_experts_are_no_difference(tmp_path: Path) -> None:
-    from transformers import MixtralConfig
-
     sizes = {**COMMON, "max_position_embeddings": 4096, "num_key_value_heads": 2}
     config = MixtralConfig(**sizes, vocab_size=150, num_local_experts=8, sliding_window=None)
     hf = spoiled(make(tmp_path / "plain", config), tmp_path / "hf", near_tie)
