@@ -6,6 +6,7 @@ by logits that both models are the same (convert/verify.py), and then gives the 
 """
 
 import logging
+import os
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
@@ -176,7 +177,9 @@ def check_target(out: Path, source: Path, overwrite: bool, marker: str) -> None:
 
     Nor into any other weights or checkpoint folder: its hf/ looks like an earlier export.
     """
-    target, origin = out.resolve(), source.resolve()
+    target, origin = (Path(os.path.realpath(path)) for path in (out, source))
+    if target.is_symlink():
+        raise UserError(f"{out} is a link that leads to itself: name another output folder")
     if target in (origin, *origin.parents):
         raise UserError(f"{out} holds the source {source}: name another output folder")
     if origin in target.parents:

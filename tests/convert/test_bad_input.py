@@ -206,6 +206,7 @@ def test_a_target_that_exists_is_one_line(
         ("import", "hf", "other/hf/new", r"other/hf/new lies in .*/other, .* of its own"),
         ("import", "hf", "hf/weights", "hf/weights lies in the source"),
         ("import", "hf", "hf", "hf holds the source"),
+        ("export", "weights", "loop", "loop is a link that leads to itself"),
     ],
 )
 def test_a_target_in_or_above_the_source_is_one_line(
@@ -217,12 +218,13 @@ def test_a_target_in_or_above_the_source_is_one_line(
     for name in ("weights", "other"):
         shutil.copytree(weights, tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path / "weights" / "hf")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     arguments = ["convert", direction, str(tmp_path / source), str(tmp_path / out), *overwrite]
     assert main([*arguments, "--no-verify"]) == 2
     said = capsys.readouterr().err
     assert re.search(says, said), said
     assert said.count("\n") == 1
-    assert set(os.listdir(tmp_path)) == {"hf", "weights", "other", "link"}
+    assert set(os.listdir(tmp_path)) == {"hf", "weights", "other", "link", "loop"}
     assert verify(tmp_path / "weights") == verify(tmp_path / "other") == []
 
 
