@@ -358,7 +358,7 @@ def test_convert_verify_prints_and_judges(monkeypatch, capsys, difference, code)
 
     seen = []
     found = {"embedding": 0.0, "layer 0": difference, "logits": difference}
-    report = verify.Report(found, 64, "mlp", verify.Tensors(7), 4095)
+    report = verify.Report(found, 64, difference, "mlp", verify.Tensors(7), 4095)
     monkeypatch.setattr(verify, "verify", lambda *args: seen.append(args) or report)
     argv = ["a", "b", "--prompt", "one", "--prompt", "two", "--dtype", "bf16"]
     assert main(["convert", "verify", *argv]) == code
@@ -374,7 +374,7 @@ def test_convert_verify_of_tensors(monkeypatch, capsys):
     from megatron_deft.convert import verify
 
     tensors = verify.Tensors(7, ("x.weight",), ("y.weight (not in a)",))
-    report = verify.Report({"logits": 0.0}, 64, None, tensors)
+    report = verify.Report({"logits": 0.0}, 64, 0.0, None, tensors)
     monkeypatch.setattr(verify, "verify", lambda *args: report)
     assert main(["convert", "verify", "a", "b"]) == 1
     out = capsys.readouterr().out

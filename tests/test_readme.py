@@ -82,6 +82,20 @@ def test_quickstart_table_is_the_committed_measurement() -> None:
         )
 
 
+def test_conversion_figures_are_the_committed_measurement() -> None:
+    path = ROOT / "tools" / "bench_results" / "convert-cpu.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["model"]["shape"] == "8b"
+    assert recorded["different"] == []
+    assert all(line["met"] for line in recorded["budgets"])
+    for row in recorded["rows"][1:]:
+        cells = [f"{row['seconds']:.1f}", f"{row['gigabytes_per_second']:.3f}"]
+        cells.append(f"{row['share_of_copy']:.0%}")
+        cells.append(f"{row['peak_bytes'] / 2**30:.2f}" if row["peak_bytes"] else "")
+        line = " | ".join([f"`{row['name']}`", *cells]).rstrip()
+        assert f"\n| {line} |" in README, line
+
+
 def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

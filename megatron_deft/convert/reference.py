@@ -34,6 +34,7 @@ class HuggingFace:
         self.path = self.tokenizer = folder
         self._written = read_json(folder / "config.json", "model's config")
         self._weights = Weights(folder)
+        self.spec = spec_from_hf(self._written)
 
     @cached_property
     def _config(self) -> Any:
@@ -41,8 +42,7 @@ class HuggingFace:
 
         try:
             if __version__.startswith("4.") and portable.only_5_reads(self._written):
-                spec = spec_from_hf(self._written)
-                return AutoConfig.for_model(**portable.portable_config(self._written, spec))
+                return AutoConfig.for_model(**portable.portable_config(self._written, self.spec))
             return AutoConfig.from_pretrained(self.path, local_files_only=True)
         except Exception as error:  # of many kinds: what the checks of config classes raise
             reason = " ".join(str(error).split())[:300]
@@ -54,7 +54,7 @@ class HuggingFace:
     @cached_property
     def facts(self) -> Facts:
         """Of the config."""
-        c, context = self._config, spec_from_hf(self._written).context_length
+        c, context = self._config, self.spec.context_length
         return Facts(c.num_hidden_layers, c.hidden_size, c.vocab_size, context, _windows(c))
 
     @cached_property

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import device
 
 ROTARY, EMBEDDING, FINAL_NORM, LOGITS = "rotary positions", "embedding", "final norm", "logits"
@@ -69,6 +70,7 @@ class Side(Protocol):
 
     path: Path
     tokenizer: Path  # the folder with the tokenizer files, if it has any
+    spec: ModelSpec  # by its config or manifest
 
     @property
     def facts(self) -> Facts:

@@ -25,6 +25,7 @@ from megatron_deft.convert.reference import HuggingFace
 from megatron_deft.convert.stages import Batch, Dtypes, Side
 from megatron_deft.convert.tokens import make_batch
 from megatron_deft.errors import UserError
+from megatron_deft.models.families import ModelSpec
 
 __all__ = ["DTYPES", "Report", "Tensors", "require_equal", "single_process", "verify"]
 
@@ -35,6 +36,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = 2**24  # values compared at a time
 # A router's scores that are closer, as a fraction of the largest, may be ordered either way.
 CLOSE = 1e-5
+# Of a spec, what does not enter a forward pass, or does under another name (context_length).
+NO_SETTINGS = ("family", "initializer_range", "max_position_embeddings", "attention_scale")
 MOST_UNDECIDED = 0.05  # of all choices; with more, too little would be left to compare
 
 
@@ -58,49 +61,47 @@ class Report:
 
     stages: dict[str, float]  # stage -> difference as a fraction (_relative); "logits" is the last
     tokens: int
+    relative: float  # of the logits, from end to end
     part: str | None = None  # the first part that differs of the layer that differs first
     tensors: Tensors = field(default_factory=Tensors)
     furthest: int = 0  # the last position compared, from 0
-    undecided: int | None = None  # choices of experts left out; None: compared from end to end
+    undecided: int | None = None  # choices of experts left out; None: all agreed from end to end
+    settings: tuple[str, ...] = ()  # of the two configs that differ: "NAME A and B"
     not_finite: tuple[str, ...] = ()  # tensors that hold nan or inf, looked for when logits do
 
     @property
-    def relative(self) -> float:
-        """Largest difference of the logits as a fraction of the logits' scale."""
-        return self.stages["logits"]
-
-    @property
     def logits_ok(self) -> bool:
-        """Whether the logits agree within TOLERANCE, from end to end or through every layer."""
-        return all(map(_near, self.stages.values() if self.by_layer else [self.relative]))
+        """Whether every stage agrees within TOLERANCE, from end to end or from equal inputs."""
+        return all(map(_near, self.stages.values()))
 
     @property
     def by_layer(self) -> bool:
-        """Whether every layer was compared by itself."""
+        """Whether every layer was compared by itself, from equal inputs."""
         return self.undecided is not None
 
     @property
     def ok(self) -> bool:
-        """Whether the logits agree and every tensor is the same."""
-        return self.logits_ok and self.tensors.ok
+        """Whether settings and stages agree and every tensor is the same."""
+        return self.logits_ok and self.tensors.ok and not self.settings
 
     @property
     def first_difference(self) -> str | None:
-        """The first stage (embedding, layer 0) beyond TOLERANCE; None when the logits agree."""
-        beyond = (name for name, value in self.stages.items() if not _near(value))
-        return None if self.logits_ok else next(beyond)
+        """The first stage (embedding, layer 0) beyond TOLERANCE; None when all agree."""
+        return next((name for name, value in self.stages.items() if not _near(value)), None)
 
     def _where(self) -> str:
-        stage, limit = self.first_difference or "", f"(at most {TOLERANCE:.0e})"
-        where = f"{stage} ({self.part})" if self.part else stage
-        if self.by_layer:
-            return f"{where} differs by {self.stages[stage]:.1e} of its scale {limit}"
-        return f"logits differ by {self.relative:.1e} of their scale {limit}, first at {where}"
+        stage = self.first_difference or ""
+        where = f"first at {stage} ({self.part})" if self.part else f"first at {stage}"
+        return (
+            f"logits differ by {self.relative:.1e} of their scale, {where}, which differs by "
+            f"{self.stages[stage]:.1e} (at most {TOLERANCE:.0e})"
+        )
 
     @property
     def faults(self) -> list[str]:
         """What is different, one line each; none when the models are the same."""
         found = [] if self.logits_ok else [self._where()]
+        found += [f"settings differ: {some(self.settings)}"] * bool(self.settings)
         found += [f"nan or inf in {some(self.not_finite)}"] * bool(self.not_finite)
         different, missing = self.tensors.different, self.tensors.missing
         count = f"{len(different)} of {self.tensors.compared}"
@@ -117,10 +118,12 @@ def verify(
 ) -> Report:
     """Compare two models: every tensor, and on some tokens every layer's output and the logits.
 
-    With experts a rounding error can send a token to another one of two that are equally good, and
-    everything behind it differs. Where the logits differ, such models are compared once more layer
-    by layer: each layer of the one goes on from what the other has put out before it, and is
-    compared on the tokens whose experts are beyond doubt.
+    Two ways of computing the same model part from each other by rounding alone: softmax over large
+    scores amplifies an error from layer to layer, and a router sends a token to another one of two
+    experts that are equally good. Where logits or any stage before them differ from end to end, the
+    models are compared once more layer by layer: each layer of the one goes on from what the other
+    has put out before it, and is compared on the tokens whose experts are beyond doubt. That
+    comparison decides.
 
     Tokens, positions and windows: see convert/tokens.py; they reach to the last position the model
     allows.
@@ -144,14 +147,22 @@ def verify(
     # b's first: that of a weights folder is spelled for every transformers
     batch = make_batch([side.tokenizer for side in reversed(sides)], sides[0].facts, prompts)
     found = _compare(*sides, batch, dtypes)
-    report = Report(found, batch.ids.numel(), None, tensors, int(batch.positions[-1]))
+    report = Report(
+        found,
+        batch.ids.numel(),
+        found[stages.LOGITS],
+        tensors=tensors,
+        furthest=int(batch.positions[-1]),
+        settings=_different_settings(sides[0].spec, sides[1].spec),
+    )
+    if report.logits_ok:
+        return report
     if isnan(report.relative):
         report = replace(report, not_finite=tuple(n for side in sides for n in _not_finite(side)))
+    found, undecided, followed = _compare_layer_by_layer(*sides, batch, dtypes)
     forced: dict[str, Tensor] | None = None
-    if not report.logits_ok and any(".experts." in name for name in sides[0].tensors):
-        found, undecided, followed = _compare_layer_by_layer(*sides, batch, dtypes)
-        if undecided <= MOST_UNDECIDED * report.tokens * sides[0].facts.layers:
-            report, forced = replace(report, stages=found, undecided=undecided), followed
+    if undecided <= MOST_UNDECIDED * report.tokens * sides[0].facts.layers:
+        report, forced = replace(report, stages=found, undecided=undecided), followed
     layer = stages.layer_of(report.first_difference or "")
     if layer is None:
         return report
@@ -214,6 +225,14 @@ def _require_same_facts(a: Side, b: Side) -> None:
             f"{a.path} and {b.path} are different architectures: {some(wrong)}; only models of the "
             "same sizes can be compared"
         )
+
+
+def _different_settings(a: ModelSpec, b: ModelSpec) -> tuple[str, ...]:
+    """What the two configs say of the same computation: tiny weights can hide a soft cap."""
+    pairs = {name: (x, vars(b)[name]) for name, x in vars(a).items() if name not in NO_SETTINGS}
+    scales = [spec.attention_scale or spec.head_dim**-0.5 for spec in (a, b)]
+    pairs["attention_scale"] = scales[0], scales[1]
+    return tuple(f"{name} {x} and {y}" for name, (x, y) in pairs.items() if x != y)
 
 
 def _dtypes(a: Side, b: Side, dtype: torch.dtype | None) -> dict[str, torch.dtype]:

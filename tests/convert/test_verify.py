@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, MixtralConfig
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
 
 from megatron_deft.convert import hf as convert_hf
 from megatron_deft.convert import mapping
@@ -249,6 +249,48 @@ def test_massive_activations_hide_no_fault_of_experts(tmp_path: Path, spoil: Spo
     assert (report.first_difference, report.part) == ("layer 0", "mlp")
 
 
+@pytest.mark.parametrize("bias", [100.0, 300.0])
+def test_large_attention_scores_are_no_fault(tmp_path: Path, bias: float) -> None:
+    """Key biases as Qwen2 has them: softmax saturates and amplifies rounding errors."""
+
+    def large_keys(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("k_proj.bias"):
+                tensor[::5] = bias
+
+    sizes = {**COMMON, "num_key_value_heads": 2, "num_hidden_layers": 12}
+    plain = make(tmp_path / "plain", Qwen2Config(**sizes, vocab_size=100))
+    hf = spoiled(plain, tmp_path / "hf", large_keys)
+    weights = import_hf(hf, tmp_path / "weights")
+    report = verify(hf, weights)
+    assert report.by_layer, "no rounding error was amplified"
+    assert max(report.stages.values()) < 1e-5
+
+    def one_layer(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.7.self_attn.v_proj.bias"][3] += 0.01
+
+    report = verify(spoiled(hf, tmp_path / "other", one_layer), weights)
+    assert (report.first_difference, report.part) == ("layer 7", "qkv value")
+
+
+def test_a_wrong_theta_that_no_logit_shows(source: Path, tmp_path: Path) -> None:
+    hf = spoiled(source, tmp_path / "hf", massive)
+    weights = import_hf(hf, tmp_path / "weights")
+    report = verify(reconfigured(hf, tmp_path / "other", **rotary(5500.0, LLAMA3_SCALING)), weights)
+    assert report.relative < 1e-4, "the logits show it"
+    assert report.first_difference == "rotary positions"
+
+
+def test_settings_that_no_logit_shows(tmp_path: Path) -> None:
+    plain = make(tmp_path / "plain", CONFIGS["gemma2"])
+    hf = reconfigured(plain, tmp_path / "hf", attn_logit_softcapping=5000.0)
+    weights = import_hf(hf, tmp_path / "weights")
+    report = verify(reconfigured(hf, tmp_path / "other", attn_logit_softcapping=None), weights)
+    assert report.logits_ok
+    assert report.faults == ["settings differ: attention_softcap None and 5000.0"]
+    assert not report.ok
+
+
 def windowed(folder: Path, **fields: Any) -> Path:
     sizes = {**COMMON, "max_position_embeddings": 2048, "num_key_value_heads": 2}
     return make(folder, MistralConfig(**sizes, vocab_size=128, sliding_window=300, **fields))
@@ -301,7 +343,7 @@ def test_a_wrong_theta_is_named(source: Path, weights: Path, tmp_path: Path) -> 
 
 def test_dropped_rotary_scaling_is_caught(source: Path, weights: Path, tmp_path: Path) -> None:
     other = reconfigured(source, tmp_path / "hf", **rotary(5000.0))
-    with pytest.raises(UserError, match=r"logits differ by .* scale .* first at rotary positions"):
+    with pytest.raises(UserError, match=r"logits differ by .* scale, first at rotary positions"):
         require_equal(other, weights)
 
 
@@ -420,7 +462,7 @@ def test_equally_good_experts_are_no_difference(tmp_path: Path) -> None:
     other = spoiled(hf, tmp_path / "other", one_expert)
     for report in (verify(other, weights), verify(weights, other)):
         assert (report.first_difference, report.part) == ("layer 2", "mlp")
-        assert "layer 2 (mlp) differs by" in report.faults[0]
+        assert "first at layer 2 (mlp), which differs by" in report.faults[0]
 
 
 @pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 reads it")
@@ -514,11 +556,9 @@ def test_rounding_is_part_of_the_comparison(source: Path, tmp_path: Path) -> Non
 
 
 def test_report_takes_nan_as_a_difference() -> None:
-    assert not Report({"logits": float("nan")}, 1).ok
-    assert (
-        Report({"embedding": float("nan"), "logits": float("nan")}, 1).first_difference
-        == "embedding"
-    )
+    nan = float("nan")
+    assert not Report({"logits": nan}, 1, nan).ok
+    assert Report({"embedding": nan, "logits": nan}, 1, nan).first_difference == "embedding"
 
 
 def test_leaves_nothing_running_and_no_random_number_drawn(
