@@ -144,6 +144,10 @@ def shutdown() -> None:
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
+        # megatron-core forgets its groups, some twenty, and leaves them to torch: each keeps its
+        # connections and threads that wake up to look around for as long as the process lives.
+        for group in parallel_state._global_process_group_list[1:]:  # the first is the caller's
+            dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
     if _owns_process_group and dist.is_initialized():
         dist.destroy_process_group()

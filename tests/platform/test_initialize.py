@@ -72,8 +72,13 @@ def test_layout_must_divide_the_world() -> None:
 def test_running_process_group_is_used_and_left_running() -> None:
     dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     try:
+        own = dist.new_group([0])
+        before = {*dist.distributed_c10d._world.pg_map}
         initialize()
+        assert {*dist.distributed_c10d._world.pg_map} > before
         shutdown()
+        assert {*dist.distributed_c10d._world.pg_map} == before, "each group keeps threads"
+        dist.barrier(own)
         assert dist.is_initialized()
     finally:
         dist.destroy_process_group()
