@@ -17,6 +17,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "files": lambda files: isinstance(files, dict) and all(map(_is_hash, files.values())),
     "kind": lambda kind: kind in KINDS,
     "spec": lambda spec: isinstance(spec, dict),
-    "step": _or_none(int),
+    "step": lambda step: isinstance(step, int),
     "consumed": _or_none(int),
     "objective": _or_none(str),
     "base": _or_none(str),
@@ -247,7 +248,7 @@ def write_source(export: str | Path, manifest: Mapping[str, Any]) -> None:
     """Record in the folder `export` that it is made of the folder with this manifest."""
     made_of = {"kind": manifest["kind"], "step": manifest["step"]}
     with atomic_write(Path(export) / SOURCE) as handle:
-        json.dump({**made_of, "manifest_blake2b": _fingerprint(manifest)}, handle, indent=1)
+        json.dump({**made_of, "manifest_xxh3_128": _fingerprint(manifest)}, handle, indent=1)
         handle.write("\n")
 
 
@@ -260,7 +261,7 @@ def is_export_of(export: str | Path, folder: str | Path) -> bool:
         recorded = json.loads((Path(export) / SOURCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    made_of = recorded.get("manifest_blake2b") if isinstance(recorded, dict) else None
+    made_of = recorded.get("manifest_xxh3_128") if isinstance(recorded, dict) else None
     return bool(made_of == _fingerprint(read_manifest(folder)))
 
 
@@ -290,15 +291,17 @@ def drop_oldest(
 
 
 def set_aside(root: str | Path, step: int) -> list[str]:
-    """Rename the folders of steps after `step` below `root` to step_N.abandoned.
+    """Rename the folders of steps after `step` below `root` to step_N.abandoned, or, where an
+    earlier turn has left one of that name, step_N.abandoned-2 and so on.
 
     returns: lines for the log
     """
     notes = []
     for path in _step_folders(Path(root)):
         if path.name > step_name(step):
-            aside = path.with_name(f"{path.name}.abandoned")
-            shutil.rmtree(aside, ignore_errors=True)
+            names = chain([""], (f"-{number}" for number in count(2)))
+            asides = (path.with_name(f"{path.name}.abandoned{suffix}") for suffix in names)
+            aside = next(name for name in asides if not name.exists())
             path.rename(aside)
             notes.append(f"{path} is not of this run: kept as {aside.name}")
     return notes

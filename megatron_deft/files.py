@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all: temporary name, fsync, rename."""
 
+import errno
 import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
@@ -59,37 +60,57 @@ def atomic_write(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
 
 
-def publish_folder(temporary: Path, path: Path, overwrite: bool = False) -> None:
+def publish_folder(
+    temporary: Path, path: Path, overwrite: bool = False, marker: str | None = None
+) -> None:
     """Flush everything below `temporary`, then give it its final name.
 
-    With `overwrite` an existing `path` is moved aside first and deleted after, so that at every
-    moment one of the two is whole under a name of its own.
+    What is to be replaced is moved aside first and deleted after, so that at every moment one of
+    the two is whole under a name of its own. Several writers of one `path` take turns.
+
+    Args:
+        overwrite, marker: see atomic_folder.
 
     Errors: UserError when something has that name by now and is not to be replaced.
     """
     for entry in sorted(temporary.rglob("*")):
         fsync_path(entry)
     fsync_path(temporary)
-    retired = None
-    if overwrite and path.exists():
-        retired = _new_folder(path, "old")
-        os.rename(path, retired)
-    try:
-        os.rename(temporary, path)  # would replace an empty folder, but nothing else
-    except OSError as error:
-        if not os.path.lexists(path):
-            raise
-        raise UserError(
-            f"{path} has appeared while it was being written here: it is left as it is, and what "
-            "was written is removed: choose another name, or pass --overwrite"
-        ) from error
+    retired: list[Path] = []
+    while not _renamed(temporary, path):
+        if not (overwrite and _may_be_replaced(path, marker)):
+            remedy = "" if overwrite else ", or pass --overwrite"
+            raise UserError(
+                f"{path} has appeared while it was being written here: it is left as it is, and "
+                f"what was written is removed: choose another name{remedy}"
+            )
+        retired.append(_new_folder(path, "old"))
+        with suppress(FileNotFoundError):  # another writer was faster
+            os.rename(path, retired[-1])
     fsync_path(path.parent)
-    if retired is not None:
-        shutil.rmtree(retired, ignore_errors=True)  # the next call tries again
+    for folder in retired:
+        shutil.rmtree(folder, ignore_errors=True)  # the next call tries again
+
+
+def _renamed(folder: Path, path: Path) -> bool:
+    """Give `folder` the name `path` unless that is taken by more than an empty folder."""
+    try:
+        os.rename(folder, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        return False
+    return True
+
+
+def _may_be_replaced(path: Path, marker: str | None) -> bool:
+    return not path.exists() or marker is None or (path / marker).exists()
 
 
 @contextmanager
-def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path, overwrite: bool = False, needs: int = 0, marker: str | None = None
+) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` only when the block succeeds.
 
     What earlier processes left behind when they were killed is removed first. A `path` that is a
@@ -99,6 +120,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> 
         path: the final name.
         overwrite: replace the folder of that name.
         needs: bytes that the block will write.
+        marker: the file that a folder must have to be replaced at the end; None asks for none.
 
     Errors: UserError when `path` exists and `overwrite` is false, at the start or at the end, when
     it is a file, or when the disk is too full.
@@ -116,7 +138,7 @@ def atomic_folder(path: str | Path, overwrite: bool = False, needs: int = 0) -> 
     try:
         _lock(lock)
         yield temporary
-        publish_folder(temporary, path, overwrite)
+        publish_folder(temporary, path, overwrite, marker)
         remove_abandoned(path, "old")
     finally:
         os.close(lock)

@@ -297,11 +297,12 @@ def test_later_steps_are_set_aside(tmp_path: Path) -> None:
         (tmp_path / name / "was").write_text(name)
     notes = folders.set_aside(tmp_path, 2)
     assert notes == [
-        f"{tmp_path}/step_00000003 is not of this run: kept as step_00000003.abandoned"
+        f"{tmp_path}/step_00000003 is not of this run: kept as step_00000003.abandoned-2"
     ]
     left = {path.name: (path / "was").read_text() for path in tmp_path.iterdir()}
     own = {name: name for name in ("step_00000001", "step_00000002")}
-    assert left == own | {"step_00000003.abandoned": "step_00000003"}
+    earlier = "step_00000003.abandoned"
+    assert left == own | {earlier: earlier, f"{earlier}-2": "step_00000003"}
     assert folders.set_aside(tmp_path / "nowhere", 2) == []
 
 

@@ -1,6 +1,7 @@
 """Atomic files and folders: whole or not there, whatever happens in the middle."""
 
 import fcntl
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -196,6 +197,43 @@ def test_a_link_to_nothing_yet(tmp_path: Path) -> None:
         (folder / "x").write_text("1")
     assert names(tmp_path / "big" / "weights") == {"x"}
     assert (tmp_path / "out").is_symlink()
+
+
+def test_overwriting_asks_for_the_marker_at_the_end_too(tmp_path: Path) -> None:
+    """Nothing was there at the start, and what came meanwhile is not of this kind."""
+    target = tmp_path / "out"
+
+    def overwriting() -> None:
+        with atomic_folder(target, overwrite=True, marker="config.json") as folder:
+            (folder / "config.json").write_text("ours")
+            target.mkdir()
+            (target / "thesis.txt").write_text("theirs")
+
+    with pytest.raises(UserError, match=r"has appeared .* choose another name$"):
+        overwriting()
+    assert names(target) == {"thesis.txt"}
+    assert names(tmp_path) == {"out"}
+    (target / "config.json").write_text("theirs")
+    with atomic_folder(target, overwrite=True, marker="config.json") as folder:
+        (folder / "config.json").write_text("ours")
+    assert names(target) == {"config.json"}
+
+
+def _replace(target: Path, turns: int) -> None:
+    for _ in range(turns):
+        with atomic_folder(target, overwrite=True) as folder:
+            (folder / "x").write_text(str(os.getpid()))
+
+
+def test_writers_that_overwrite_each_other(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    writers = [context.Process(target=_replace, args=(tmp_path / "out", 150)) for _ in range(3)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert [writer.exitcode for writer in writers] == [0, 0, 0]
+    assert (tmp_path / "out" / "x").read_text() in {str(writer.pid) for writer in writers}
 
 
 def test_a_file_is_not_overwritten_by_a_folder(tmp_path: Path) -> None:

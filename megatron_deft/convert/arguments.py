@@ -103,8 +103,9 @@ def run_verify(args: argparse.Namespace) -> int:
     print(f"{report.tokens} tokens, positions up to {report.furthest}")
     if report.by_layer:
         print(
-            f"every layer from equal inputs, without {report.undecided} choices between equal "
-            f"experts; from end to end the logits are {report.relative:.1e} apart"
+            f"every layer from equal inputs, without {report.undecided} of {report.choices} "
+            "choices of experts that are too close to call; "
+            f"from end to end the logits are {report.relative:.1e} apart"
         )
     print("equal" if report.ok else "\n".join(f"DIFFERENT: {fault}" for fault in report.faults))
     return 0 if report.ok else 1

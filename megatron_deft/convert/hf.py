@@ -64,7 +64,9 @@ def import_hf(
     logger.info("importing %d tensors of %s", len(source.weights.tensors), folder)
     total = sum(chunk.bytes for chunk in chunks)
     with (
-        atomic_folder(out, overwrite, _needs(total, len(chunks), folder)) as target,
+        atomic_folder(
+            out, overwrite, _needs(total, len(chunks), folder), folders.MANIFEST
+        ) as target,
         folders.FollowingHashes(target) as hashes,
         progress_bar("import", total) as bar,
     ):
@@ -128,7 +130,9 @@ def export_hf(
     logger.info("exporting %s to %s", folder, out)
     total = sum(piece.bytes for piece in pieces)
     with (
-        atomic_folder(out, overwrite, _needs(total, len(pieces), folder / "hf")) as target,
+        atomic_folder(
+            out, overwrite, _needs(total, len(pieces), folder / "hf"), "config.json"
+        ) as target,
         hashes,
         progress_bar("export", total) as bar,
     ):

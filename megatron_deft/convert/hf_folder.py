@@ -59,8 +59,13 @@ def find(name: str | Path) -> Path:
 
 
 def locate(name: str | Path) -> Path:
-    """`name` as a path, or where nothing is there the model's folder in the local Hub cache."""
+    """`name` as a path, or where nothing is there the model's folder in the local Hub cache.
+
+    Errors: UserError for an empty name, which as a path would be the current folder.
+    """
     path = Path(name)
+    if not str(name).strip():
+        raise UserError(f"{name!r} is not a folder: name one")
     if path.exists() or not is_hub_name(str(name)):
         return path
     from huggingface_hub import snapshot_download

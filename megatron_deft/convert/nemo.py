@@ -87,7 +87,7 @@ def import_nemo(
         logger.warning("%s holds no tokenizer: put its files into %s", folder, out / "hf")
     logger.info("importing %d tensors of %s", len(chunks), folder)
     with (
-        atomic_folder(out, overwrite, _needs(chunks, model.tokenizer)) as new,
+        atomic_folder(out, overwrite, _needs(chunks, model.tokenizer), folders.MANIFEST) as new,
         folders.FollowingHashes(new) as hashes,
         progress_bar("import", _bytes(chunks)) as bar,
     ):
@@ -142,7 +142,7 @@ def export_nemo(
     companions = hf_folder.companions(source / "hf")
     logger.info("exporting %s to %s", source, out)
     with (
-        atomic_folder(out, overwrite, _needs(chunks, companions)) as new,
+        atomic_folder(out, overwrite, _needs(chunks, companions), "context") as new,
         tempfile.TemporaryDirectory() as scratch,
         progress_bar("export", _bytes(chunks)) as bar,
     ):

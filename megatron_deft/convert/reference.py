@@ -336,13 +336,19 @@ def _angles(output: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return stages.angles(cos, sin)
 
 
+ALIKE = 0.1  # of a router's logits; times verify.CLOSE it is ten times fp32's rounding of 1
+
+
 def _margin(name: str, chosen: int, shape: torch.Size, output: Any) -> dict[str, Tensor]:
-    """Between the last expert chosen and the first one left out, of the largest score."""
+    """Between the last expert chosen and the first one left out, of the largest score.
+
+    Of ALIKE at least: probabilities of smaller scores are too alike for fp32 to keep their order.
+    """
     scores = _hidden(output).reshape(*shape, -1)
     if chosen == scores.shape[-1]:  # none is left out
         return {name: torch.full(shape, torch.inf)}
     top = scores.topk(chosen + 1, dim=-1).values
-    return {name: (top[..., -2] - top[..., -1]) / scores.abs().amax(dim=-1)}
+    return {name: (top[..., -2] - top[..., -1]) / scores.abs().amax(dim=-1).clamp(min=ALIKE)}
 
 
 # Which modules put out the parts of a layer: the first line whose key is a module of the layer.

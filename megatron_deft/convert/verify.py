@@ -38,7 +38,7 @@ BLOCK = 2**24  # values compared at a time
 CLOSE = 1e-5
 # Of a spec, what does not enter a forward pass, or does under another name (context_length).
 NO_SETTINGS = ("family", "initializer_range", "max_position_embeddings", "attention_scale")
-MOST_UNDECIDED = 0.05  # of all choices; with more, too little would be left to compare
+MOST_UNDECIDED = 0.5  # of all choices; with more, too little would be left to compare
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Report:
     tensors: Tensors = field(default_factory=Tensors)
     furthest: int = 0  # the last position compared, from 0
     undecided: int | None = None  # choices of experts left out; None: all agreed from end to end
+    choices: int = 0  # of experts, by all tokens in all layers that have them
     settings: tuple[str, ...] = ()  # of the two configs that differ: "NAME A and B"
     not_finite: tuple[str, ...] = ()  # tensors that hold nan or inf, looked for when logits do
 
@@ -82,7 +83,12 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether settings and stages agree and every tensor is the same."""
-        return self.logits_ok and self.tensors.ok and not self.settings
+        return self.logits_ok and self.tensors.ok and not self.settings and self.decided
+
+    @property
+    def decided(self) -> bool:
+        """Whether enough tokens go to the same experts for certain to tell of all."""
+        return (self.undecided or 0) <= MOST_UNDECIDED * self.choices
 
     @property
     def first_difference(self) -> str | None:
@@ -101,6 +107,11 @@ class Report:
     def faults(self) -> list[str]:
         """What is different, one line each; none when the models are the same."""
         found = [] if self.logits_ok else [self._where()]
+        if not self.decided:
+            found.append(
+                f"{self.undecided} of {self.choices} choices of experts are too close to call in "
+                "fp32: the routers' weights are too small for what the models compute to be equal"
+            )
         found += [f"settings differ: {some(self.settings)}"] * bool(self.settings)
         found += [f"nan or inf in {some(self.not_finite)}"] * bool(self.not_finite)
         different, missing = self.tensors.different, self.tensors.missing
@@ -159,10 +170,10 @@ def verify(
         return report
     if isnan(report.relative):
         report = replace(report, not_finite=tuple(n for side in sides for n in _not_finite(side)))
-    found, undecided, followed = _compare_layer_by_layer(*sides, batch, dtypes)
-    forced: dict[str, Tensor] | None = None
-    if undecided <= MOST_UNDECIDED * report.tokens * sides[0].facts.layers:
-        report, forced = replace(report, stages=found, undecided=undecided), followed
+    found, clear, forced = _compare_layer_by_layer(*sides, batch, dtypes)
+    undecided = sum(int((~tokens).sum()) for tokens in clear.values())
+    choices = sum(tokens.numel() for tokens in clear.values())
+    report = replace(report, stages=found, undecided=undecided, choices=choices)
     layer = stages.layer_of(report.first_difference or "")
     if layer is None:
         return report
@@ -296,12 +307,12 @@ def _compare(
 
 def _compare_layer_by_layer(
     a: Side, b: Side, batch: Batch, dtypes: Dtypes
-) -> tuple[dict[str, float], int, dict[str, Tensor]]:
-    """The difference of every stage, computed from equal inputs; how many choices of experts were
-    too close to call, over all layers; and the stages that were followed.
+) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
+    """The difference of every stage, computed from equal inputs; for every layer with experts the
+    tokens [b, s] whose choice is clear; and the stages that were followed.
 
-    Tokens of such a choice are left out of that layer's difference. The transformers side is
-    followed: it tells its routers' scores.
+    The other tokens are left out of that layer's difference. The transformers side is followed: it
+    tells its routers' scores.
     """
     leader, follower = (a, b) if isinstance(a, HuggingFace) else (b, a)
     reference: dict[str, Tensor] = {}
@@ -320,7 +331,7 @@ def _compare_layer_by_layer(
             found[stage] = _relative(value, reference[stage], inputs, clear.get(stage))
 
     follower.run(batch, dtypes, compare, forced=reference)
-    return found, sum(int((~tokens).sum()) for tokens in clear.values()), reference
+    return found, clear, reference
 
 
 def _near(difference: float) -> bool:

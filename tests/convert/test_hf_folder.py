@@ -49,7 +49,7 @@ def cached(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         ("hf/missing/deep", "is not a folder"),
         ("missing", "is not a folder"),
         ("missing/", "is not a folder"),
-        ("", "is not a folder|config.json is missing"),
+        ("", "'' is not a folder: name one"),
         ("hf/missing", r"neither a folder nor a model in the local cache: .*hf download hf/miss"),
     ],
 )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config
+from transformers import LlamaConfig, MistralConfig, MixtralConfig, Qwen2Config, Qwen3MoeConfig
 
 from megatron_deft.convert import hf as convert_hf
 from megatron_deft.convert import mapping
@@ -537,6 +537,28 @@ def test_prompts_are_read_with_the_folders_tokenizer(tmp_path: Path) -> None:
 def test_prompts_need_a_tokenizer(source: Path, weights: Path) -> None:
     with pytest.raises(UserError, match="have no tokenizer"):
         verify(source, weights, ["hello"])
+
+
+@pytest.mark.parametrize(("scale", "decided"), [(1e-4, True), (1e-6, False)])
+def test_experts_of_a_small_router_are_equally_good(
+    tmp_path: Path, scale: float, decided: bool
+) -> None:
+    """Their probabilities are too alike for fp32, and which of them comes first is chance."""
+
+    def small_routers(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("mlp.gate.weight"):
+                tensor *= scale
+
+    sizes = {**COMMON, "num_key_value_heads": 2, "num_hidden_layers": 8}
+    experts = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 24}
+    config = Qwen3MoeConfig(**sizes, **experts, norm_topk_prob=True, vocab_size=128)
+    hf = spoiled(make(tmp_path / "plain", config), tmp_path / "hf", small_routers)
+    report = verify(hf, import_hf(hf, tmp_path / "weights", verify=False))
+    assert (report.undecided or 0) > 0
+    assert report.ok is decided
+    if not decided:
+        assert "1024 of 1024 choices of experts are too close to call" in report.faults[-1]
 
 
 def test_a_tokenizer_beyond_the_vocabulary(tmp_path: Path) -> None:

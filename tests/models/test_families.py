@@ -269,6 +269,20 @@ def test_json_round_trip() -> None:
         ModelSpec.from_json(renamed)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_layers", None), ("num_layers", "4"), ("hidden_size", 4096.5), ("head_dim", -1),
+        ("tied_embeddings", 1), ("rope_scaling", "x"), ("rms_norm_eps", True), ("family", {}),
+        ("rope_theta", float("inf")), ("window_layers", ["0"]), ("window_layers", 3),
+    ],
+)  # fmt: skip
+def test_values_that_no_spec_has(name: str, value: object) -> None:
+    damaged = spec_from_hf(LLAMA_31_8B).to_json() | {name: value}
+    with pytest.raises(UserError, match=rf"model spec: {name} .* cannot be: the folder is damaged"):
+        ModelSpec.from_json(damaged)
+
+
 def test_reading_a_config_needs_no_torch() -> None:
     code = "import sys, megatron_deft.models.families; sys.exit('torch' in sys.modules)"
     root = Path(__file__).parents[2]

@@ -118,6 +118,7 @@ def test_any_rotary_parameter_is_read_or_refused(kind: str, place: str) -> None:
         ("qwen3_moe", "mlp_only_layers", [True], r"must be a list of integers, got \[True\]"),
         ("qwen3_moe", "num_local_experts", [1], r"must be a positive integer, got \[1\]"),
         ("qwen3_moe", "num_experts_per_tok", 7, "is 7, there are 6 experts"),
+        ("qwen3_moe", "num_experts_per_tok", 1, "1 with normalised expert weights is not supp"),
     ],
 )
 def test_the_key_is_named(case: str, key: str, value: Any, says: str) -> None:

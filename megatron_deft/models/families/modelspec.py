@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from math import inf
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from megatron_deft.errors import UserError
 
@@ -88,7 +90,7 @@ class ModelSpec:
     def from_json(data: Mapping[str, Any]) -> "ModelSpec":
         """The spec that to_json() wrote, of this version or an earlier one.
 
-        Errors: UserError on a missing or unknown field.
+        Errors: UserError on a missing or unknown field, or a value of another type.
         """
         known = {field.name: field for field in fields(ModelSpec)}
         required = {name for name, field in known.items() if field.default is MISSING}
@@ -97,5 +99,25 @@ class ModelSpec:
                 f"model spec: missing fields {sorted(required - set(data))}, unknown fields "
                 f"{sorted(set(data) - set(known))}: convert the model again with this version"
             )
-        tuples = {k: tuple(v) for k, v in data.items() if isinstance(v, list)}
-        return ModelSpec(**{**data, **tuples})
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in data.items()
+        }
+        wrong = [f"{k} {v!r}" for k, v in values.items() if not _fits(v, known[k].type)]
+        if wrong:
+            raise UserError(
+                f"model spec: {', '.join(wrong)} cannot be: the folder is damaged, use another "
+                "checkpoint or convert the model again"
+            )
+        return ModelSpec(**values)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    """Whether `value`, as json read it, may be of a field with that annotation."""
+    if isinstance(annotation, UnionType):
+        return any(_fits(value, each) for each in get_args(annotation))
+    kind = get_origin(annotation) or annotation
+    if kind is tuple:
+        return isinstance(value, tuple) and all(_fits(each, int) for each in value)
+    if kind in (int, float):  # a whole float may come back as an int
+        return type(value) in (int, kind) and 0 <= value < inf
+    return isinstance(value, kind)

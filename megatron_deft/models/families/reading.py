@@ -174,6 +174,11 @@ def _check(spec: ModelSpec) -> None:
         f"num_experts_per_tok is {spec.experts_per_token}, there are {spec.experts} experts",
     )
     require(
+        spec.experts_per_token != 1 or not spec.normalise_expert_weights,
+        "num_experts_per_tok 1 with normalised expert weights is not supported: megatron-core "
+        "cannot give the one expert a weight of 1",
+    )
+    require(
         spec.rotary_dim % 2 == 0 and spec.rotary_dim > 0,
         f"{spec.rotary_dim} rotated dimensions of each head are not pairs",
     )
