@@ -1,5 +1,5 @@
 # make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
-# make test         the test suite
+# make test         the test suite, in JOBS=2 processes; in one: .venv/bin/python -m pytest
 # make test-transformers4   the tests of conversion under transformers 4.57, and between it and 5
 # make test-nemo    NeMo 2 checkpoints against the real NeMo, in an environment of its own
 # make lint         ruff and mypy
@@ -15,6 +15,7 @@ VENV4 ?= .venv-transformers4
 NEMO_VENV ?= .venv-nemo
 RESULT ?= tools/bench_results/$(if $(filter bench-convert,$(MAKECMDGOALS)),convert-cpu,cpu).json
 DISK ?= .
+JOBS ?= 2
 BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -36,8 +37,9 @@ $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
 quickstart: install
 	PATH="$(abspath $(BIN)):$$PATH" examples/quickstart.sh
 
+# Whole files go to each process, in the order of tests/conftest.py.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 # Over the other environment: the same torch and package, and a transformers of its own before them.
 $(VENV4)/.installed: $(VENV)/.installed

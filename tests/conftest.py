@@ -1,9 +1,40 @@
-"""A tiny base model and data that the tests of whole runs share."""
+"""What all tests share: a tiny base model and data, and how several workers divide the work."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
+
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0"))  # 0: a pytest without workers
+if WORKERS:
+    # Before torch is imported: threads beyond a worker's share of the cores wait by spinning.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+# Workers take whole files: these, which last longest, first, lest one end long after the others.
+LONGEST = (
+    "training/test_trainer",
+    "training/test_layouts",
+    "convert/test_interrupted",
+    "test_quickstart",
+    "test_readme",
+    "csrc/test_cuda_compiles",
+    "training/test_exports",
+    "convert/test_verify",
+    "csrc/test_cuda_emulated",
+    "convert/test_layouts",
+    "ops/test_ops",
+    "platform/test_parallel",
+    "loss/test_random_cases",
+    "convert/test_hf",
+    "benchmarks/test_convert",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files of LONGEST first, in its order, where there are workers."""
+    if WORKERS:
+        place = {f"tests/{name}.py": number for number, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
 
 
 @pytest.fixture(scope="session")
