@@ -1,12 +1,14 @@
 """Starting ranks: environment, exit codes, and who prints a user's mistake."""
 
 import os
+import random
 import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -109,10 +111,17 @@ def test_an_interrupt_stops_the_ranks_and_is_130():
     assert time.monotonic() - begun < 55  # the rank did not sleep to its end
 
 
+def quiet_port() -> int:
+    """A free port, not of those that the system deals out: ranks of other tests ask it for many."""
+    for port in random.sample(range(20_000, 29_000), 100):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("localhost", port))
+            return port
+    raise AssertionError("a hundred ports are taken")
+
+
 def test_two_nodes_meet_at_the_endpoint():
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
+    port = quiet_port()
     worker = (
         "import os, torch.distributed as dist\n"
         "dist.init_process_group('gloo')\n"
