@@ -49,7 +49,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "files": lambda files: isinstance(files, dict) and all(map(_is_hash, files.values())),
     "kind": lambda kind: kind in KINDS,
     "spec": lambda spec: isinstance(spec, dict),
-    "step": lambda step: isinstance(step, int),
+    "step": lambda step: type(step) is int,
     "consumed": _or_none(int),
     "objective": _or_none(str),
     "base": _or_none(str),

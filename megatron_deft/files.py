@@ -34,7 +34,8 @@ def require_space(path: str | Path, needed: int) -> None:
     `path` need not exist, nor its parents.
     """
     path = Path(path).absolute()
-    disk = next(parent for parent in (path, *path.parents) if parent.exists())
+    # Not of `path` itself: another writer may be replacing it.
+    disk = next(parent for parent in path.parents if parent.exists())
     free = shutil.disk_usage(disk).free
     if free < needed:
         raise UserError(
