@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -299,8 +299,8 @@ def set_aside(root: str | Path, step: int) -> list[str]:
     notes = []
     for path in _step_folders(Path(root)):
         if path.name > step_name(step):
-            names = chain([""], (f"-{number}" for number in count(2)))
-            asides = (path.with_name(f"{path.name}.abandoned{suffix}") for suffix in names)
+            suffixes = (f"-{number}" if number > 1 else "" for number in count(1))
+            asides = (path.with_name(f"{path.name}.abandoned{suffix}") for suffix in suffixes)
             aside = next(name for name in asides if not name.exists())
             path.rename(aside)
             notes.append(f"{path} is not of this run: kept as {aside.name}")

@@ -20,6 +20,7 @@ LONGEST = (
     "csrc/test_cuda_compiles",
     "training/test_exports",
     "convert/test_verify",
+    "convert/test_verify_layers",
     "csrc/test_cuda_emulated",
     "convert/test_layouts",
     "ops/test_ops",

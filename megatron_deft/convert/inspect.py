@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from megatron_deft import checkpoint_folder as folders
-from megatron_deft.convert import hf_folder, tokenizer
+from megatron_deft.convert import hf_folder
 from megatron_deft.convert.hf_folder import Weights, locate, read_json
 from megatron_deft.convert.safetensors_io import Stored
 from megatron_deft.convert.sources import OPTIMIZER_PREFIXES, account
 from megatron_deft.convert.state import StateReader
+from megatron_deft.convert.tokens import has_tokenizer
 from megatron_deft.errors import UserError
 from megatron_deft.models.families import ModelSpec, spec_from_hf
 
@@ -93,13 +94,14 @@ def _hugging_face(path: Path) -> Inspection:
     config = read_json(path / "config.json", "model's config")
     problems: list[str] = []
     stored: Mapping[str, Stored] = {}
-    spec, why = None, hf_folder.pickled(path)
+    pickled = why = hf_folder.pickled(path)
+    spec = None
     try:
         spec = spec_from_hf(config)
     except UserError as error:
         why = str(error)
     try:
-        stored = {} if hf_folder.pickled(path) else Weights(path).tensors
+        stored = {} if pickled else Weights(path).tensors
         if spec is not None and stored:
             account(path, spec, stored)
     except UserError as error:
@@ -120,7 +122,7 @@ def _hugging_face(path: Path) -> Inspection:
 
 def _tokenizer(folder: Path) -> dict[str, str]:
     """Named where there is none only."""
-    return {} if tokenizer.exists(folder) else {"tokenizer": "none"}
+    return {} if has_tokenizer(folder) else {"tokenizer": "none"}
 
 
 def _ours(path: Path, checksums: bool) -> Inspection:

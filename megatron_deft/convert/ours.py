@@ -40,9 +40,8 @@ class Megatron:
         self.tokenizer = self.path / "hf"
         self.source = StateSource(self.path)
         self.spec = spec = self.source.spec
-        self.facts = Facts(
-            spec.num_layers, spec.hidden_size, spec.vocab_size, spec.context_length, spec.windows
-        )
+        self.facts = Facts(spec.num_layers, spec.hidden_size, spec.vocab_size, spec.context_length)
+        self.windows = spec.windows
         self.parameters = {p.megatron: p for p in self.source.parameters}
         self._owners = {name: p for p in self.source.parameters for name in p.hf}
         self.tensors = {name: self.source.dtypes(p)[0] for name, p in self._owners.items()}

@@ -55,7 +55,12 @@ class HuggingFace:
     def facts(self) -> Facts:
         """Of the config."""
         c, context = self._config, self.spec.context_length
-        return Facts(c.num_hidden_layers, c.hidden_size, c.vocab_size, context, _windows(c))
+        return Facts(c.num_hidden_layers, c.hidden_size, c.vocab_size, context)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """See Side; by transformers' own reading of the config."""
+        return _windows(self._config)
 
     @cached_property
     def tensors(self) -> dict[str, torch.dtype]:

@@ -62,7 +62,6 @@ class Facts:
     hidden_size: int
     vocab_size: int
     context_length: int
-    windows: tuple[int | None, ...]  # of each layer, in tokens; None: it sees all before
 
 
 class Side(Protocol):
@@ -75,6 +74,10 @@ class Side(Protocol):
     @property
     def facts(self) -> Facts:
         """Its sizes."""
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of each layer, the tokens that a token attends to; None: all before it."""
 
     @property
     def tensors(self) -> dict[str, torch.dtype]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deft.convert.hf_folder import read_json
-from megatron_deft.convert.tokens import PROMPTS, TOKENIZER_FILES, load_tokenizer
+from megatron_deft.convert.tokens import PROMPTS, TOKENIZER_FILES, has_tokenizer, load_tokenizer
 from megatron_deft.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -58,14 +58,9 @@ def _is_added(item: tuple[str, Any]) -> bool:
     return named and number.isdecimal()
 
 
-def exists(folder: Path) -> bool:
-    """Whether the folder has a file that a tokenizer is read from."""
-    return any((folder / name).is_file() for name in TOKENIZER_FILES)
-
-
 def warn_of_none(folder: Path, remedy: str) -> None:
     """Log what a folder without a tokenizer will be missed for."""
-    if not exists(folder):
+    if not has_tokenizer(folder):
         logger.warning(
             "%s has no tokenizer (%s): training on texts, chat and evaluation need one, and an "
             "export has none: %s",

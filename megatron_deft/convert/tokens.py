@@ -58,7 +58,7 @@ def make_batch(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | N
 
 def _prompt_ids(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | None) -> Tensor:
     """[tokens] int64, none without a tokenizer."""
-    having = [f for f in folders if any((f / name).exists() for name in TOKENIZER_FILES)]
+    having = list(filter(has_tokenizer, folders))
     if not having:
         if prompts:
             raise UserError(
@@ -75,6 +75,11 @@ def _prompt_ids(folders: Sequence[Path], facts: Facts, prompts: Sequence[str] | 
             f"{facts.vocab_size} embeddings: tokenizer and model do not belong together"
         )
     return ids
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether the folder has a file that a tokenizer is read from."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
 
 
 def load_tokenizer(folder: Path) -> Any:

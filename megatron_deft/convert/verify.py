@@ -6,10 +6,11 @@ the same tokens: rotary angles, every layer's output, logits. Neither is enough 
 falls proves nothing (a model with scrambled heads learns too), equal tensors prove only that they
 were moved, not that they mean the same, and equal logits say nothing of a row that no token used.
 
-Both models run their ordinary forward pass once, with the weights of one layer in memory.
+Both models run their ordinary forward pass, with the weights of one layer in memory: once each, and
+the second again from the first one's layers where the two part from each other.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isnan
 from pathlib import Path
@@ -25,7 +26,6 @@ from megatron_deft.convert.reference import HuggingFace
 from megatron_deft.convert.stages import Batch, Dtypes, Side
 from megatron_deft.convert.tokens import make_batch
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
 
 __all__ = ["DTYPES", "Report", "Tensors", "require_equal", "single_process", "verify"]
 
@@ -36,8 +36,15 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BLOCK = 2**24  # values compared at a time
 # A router's scores that are closer, as a fraction of the largest, may be ordered either way.
 CLOSE = 1e-5
-# Of a spec, what does not enter a forward pass, or does under another name (context_length).
-NO_SETTINGS = ("family", "initializer_range", "max_position_embeddings", "attention_scale")
+# Of a spec, what does not enter a forward pass, or is compared under another name.
+NO_SETTINGS = (
+    "family",
+    "initializer_range",
+    "max_position_embeddings",
+    "attention_scale",
+    "window",
+    "window_layers",
+)
 MOST_UNDECIDED = 0.5  # of all choices; with more, too little would be left to compare
 
 
@@ -143,7 +150,7 @@ def verify(
 
     Args:
         a, b: each a Hugging Face folder, or a weights, checkpoint or run folder. Differences are
-            fractions of a's values (_relative).
+            fractions of a's values, or the one Hugging Face folder's (_relative).
         prompts: texts in place of the built-in ones; they need a tokenizer in one of the folders.
         dtype: round all weights to it first ("fp32", "bf16"); None takes for every tensor the
             coarser of the two that are stored, so a bf16 model equals what it was rounded from.
@@ -157,27 +164,36 @@ def verify(
     tensors = _compare_tensors(*sides, dtypes)
     # b's first: that of a weights folder is spelled for every transformers
     batch = make_batch([side.tokenizer for side in reversed(sides)], sides[0].facts, prompts)
-    found = _compare(*sides, batch, dtypes)
+    # The transformers side leads: it tells its routers' scores.
+    leader, follower = sides if isinstance(sides[0], HuggingFace) else sides[::-1]
+    reference: dict[str, Tensor] = {}
+    leader.run(batch, dtypes, reference.__setitem__)
+    found = _compare(follower, reference, batch, dtypes)
     report = Report(
         found,
         batch.ids.numel(),
         found[stages.LOGITS],
         tensors=tensors,
         furthest=int(batch.positions[-1]),
-        settings=_different_settings(sides[0].spec, sides[1].spec),
+        settings=_different_settings(*sides),
     )
     if report.logits_ok:
         return report
     if isnan(report.relative):
         report = replace(report, not_finite=tuple(n for side in sides for n in _not_finite(side)))
-    found, clear, forced = _compare_layer_by_layer(*sides, batch, dtypes)
-    undecided = sum(int((~tokens).sum()) for tokens in clear.values())
-    choices = sum(tokens.numel() for tokens in clear.values())
-    report = replace(report, stages=found, undecided=undecided, choices=choices)
+    clear = _clear_choices(reference)
+    report = replace(
+        report,
+        stages=_compare(follower, reference, batch, dtypes, forced=reference, clear=clear),
+        undecided=sum(int((~tokens).sum()) for tokens in clear.values()),
+        choices=sum(tokens.numel() for tokens in clear.values()),
+    )
     layer = stages.layer_of(report.first_difference or "")
     if layer is None:
         return report
-    parts = _compare(*sides, batch, dtypes, layer, forced)
+    inside: dict[str, Tensor] = {}
+    leader.run(batch, dtypes, inside.__setitem__, layer, reference)
+    parts = _compare(follower, inside, batch, dtypes, layer, reference)
     return replace(report, part=next((p for p, value in parts.items() if not _near(value)), None))
 
 
@@ -229,20 +245,21 @@ def _open(path: Path) -> Side:
 
 def _require_same_facts(a: Side, b: Side) -> None:
     pairs = {name: (value, vars(b.facts)[name]) for name, value in vars(a.facts).items()}
-    windows = zip(*pairs.pop("windows"), strict=False)  # of as many layers, or that is told too
-    pairs |= {f"sliding window of layer {i}": pair for i, pair in enumerate(windows)}
     if wrong := [f"{name} {x} and {y}" for name, (x, y) in pairs.items() if x != y]:
         raise UserError(
-            f"{a.path} and {b.path} are different architectures: {some(wrong)}; only models of the "
-            "same sizes can be compared"
+            f"{a.path} and {b.path} are different architectures: {', '.join(wrong)}; only models "
+            "of the same sizes can be compared"
         )
 
 
-def _different_settings(a: ModelSpec, b: ModelSpec) -> tuple[str, ...]:
-    """What the two configs say of the same computation: tiny weights can hide a soft cap."""
-    pairs = {name: (x, vars(b)[name]) for name, x in vars(a).items() if name not in NO_SETTINGS}
-    scales = [spec.attention_scale or spec.head_dim**-0.5 for spec in (a, b)]
+def _different_settings(a: Side, b: Side) -> tuple[str, ...]:
+    """What the two configs say otherwise of the same computation: tiny weights can hide a soft cap,
+    and no row of the batch is as long as a window."""
+    pairs = {n: (x, vars(b.spec)[n]) for n, x in vars(a.spec).items() if n not in NO_SETTINGS}
+    scales = [side.spec.attention_scale or side.spec.head_dim**-0.5 for side in (a, b)]
     pairs["attention_scale"] = scales[0], scales[1]
+    windows = zip(a.windows, b.windows, strict=True)
+    pairs |= {f"sliding window of layer {i}": pair for i, pair in enumerate(windows)}
     return tuple(f"{name} {x} and {y}" for name, (x, y) in pairs.items() if x != y)
 
 
@@ -276,62 +293,47 @@ def _same_bits(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _compare(
-    a: Side,
-    b: Side,
+    side: Side,
+    reference: Mapping[str, Tensor],
     batch: Batch,
     dtypes: Dtypes,
     inside: int | None = None,
-    forced: dict[str, Tensor] | None = None,
+    forced: Mapping[str, Tensor] | None = None,
+    clear: Mapping[str, Tensor] | None = None,
 ) -> dict[str, float]:
-    """The difference of every stage that both sides have, in the order of computation."""
-    reference: dict[str, Tensor] = {}
-    a.run(batch, dtypes, reference.__setitem__, inside, forced)
+    """The difference of every stage that `side` and `reference` have, as they are computed.
+
+    Args:
+        side: the model that runs.
+        reference: what the other one has put out, by stage.
+        inside, forced: see Side.run; with `forced` every layer goes on from the other's inputs.
+        clear: of a layer, the tokens [b, s] to compare; the others are left out.
+    """
     found: dict[str, float] = {}
-    own: dict[str, Tensor] = {}  # the last hidden states of b
-    kept = {stages.input_of(stage) for stage in reference}
+    hidden: dict[str, Tensor] = {}  # what the next layer of `side` goes on from
 
     def compare(stage: str, value: Tensor) -> None:
         if stage not in reference or stage.startswith(stages.MARGIN):
             return
         before = stages.input_of(stage)
-        inputs = None if before is None else (own.pop(before), reference.pop(before))
-        found[stage] = _relative(value, reference[stage], inputs)
-        if stage in kept:
-            own[stage] = value
-        else:
-            del reference[stage]
+        inputs = None
+        if before is not None:
+            inputs = forced[before] if forced else hidden.pop(before), reference[before]
+        found[stage] = _relative(value, reference[stage], inputs, (clear or {}).get(stage))
+        if stage == stages.EMBEDDING or before is not None:
+            hidden[stage] = value
 
-    b.run(batch, dtypes, compare, inside, forced)
+    side.run(batch, dtypes, compare, inside, forced)
     return found
 
 
-def _compare_layer_by_layer(
-    a: Side, b: Side, batch: Batch, dtypes: Dtypes
-) -> tuple[dict[str, float], dict[str, Tensor], dict[str, Tensor]]:
-    """The difference of every stage, computed from equal inputs; for every layer with experts the
-    tokens [b, s] whose choice is clear; and the stages that were followed.
-
-    The other tokens are left out of that layer's difference. The transformers side is followed: it
-    tells its routers' scores.
-    """
-    leader, follower = (a, b) if isinstance(a, HuggingFace) else (b, a)
-    reference: dict[str, Tensor] = {}
-    leader.run(batch, dtypes, reference.__setitem__)
-    clear = {
+def _clear_choices(reference: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For every layer with experts the tokens [b, s] whose experts no rounding error changes."""
+    return {
         stage.removeprefix(stages.MARGIN): margin > CLOSE
         for stage, margin in reference.items()
         if stage.startswith(stages.MARGIN)
     }
-    found: dict[str, float] = {}
-
-    def compare(stage: str, value: Tensor) -> None:
-        if stage in reference and not stage.startswith(stages.MARGIN):
-            before = reference.get(stages.input_of(stage) or "")
-            inputs = None if before is None else (before, before)
-            found[stage] = _relative(value, reference[stage], inputs, clear.get(stage))
-
-    follower.run(batch, dtypes, compare, forced=reference)
-    return found, clear, reference
 
 
 def _near(difference: float) -> bool:
