@@ -24,16 +24,6 @@ from megatron_deft.errors import UserError
 from tests.convert.tiny_models import CONFIGS, assert_same_tensors, logits, make, tensors
 
 
-@pytest.fixture(scope="module")
-def tied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make(tmp_path_factory.mktemp("tied") / "hf", CONFIGS["llama_gqa_tied"])
-
-
-@pytest.fixture(scope="module")
-def tied_weights(tied: Path) -> Path:
-    return import_hf(tied, tied.parent / "weights", verify=False)
-
-
 def names(folder: Path) -> set[str]:
     return {entry.name for entry in folder.iterdir()}
 

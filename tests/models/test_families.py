@@ -1,6 +1,5 @@
 """Real Hugging Face configs against the specs read from them."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,21 +106,6 @@ def test_qwen_25() -> None:
     assert (spec.qkv_bias, spec.attention_out_bias, spec.mlp_bias) == (True, False, False)
     assert (spec.num_query_groups, spec.head_dim, spec.tied_embeddings) == (2, 128, True)
     assert (spec.rope_theta, spec.rope_scaling) == (1e6, None)
-
-
-@pytest.mark.parametrize(
-    ("scaling", "context"),
-    [
-        (None, 32768),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
-        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}, 32768),
-        ({"rope_type": "llama3", **LLAMA3_SCALING}, 32768),
-        ({"rope_type": "linear", "factor": 4.0}, 32768),
-    ],
-)
-def test_context_length(scaling: dict[str, Any] | None, context: int) -> None:
-    raw = {**QWEN_25_1B, "max_position_embeddings": 32768, "rope_scaling": scaling}
-    assert spec_from_hf(raw).context_length == context
 
 
 @pytest.mark.parametrize(
@@ -259,28 +243,6 @@ def test_what_is_not_exact_is_refused_by_name(config: dict[str, Any], message: s
     with pytest.raises(UserError, match=message) as error:
         spec_from_hf(config)
     assert "\n" not in str(error.value)
-
-
-def test_json_round_trip() -> None:
-    spec = spec_from_hf(LLAMA_31_8B)
-    assert ModelSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
-    renamed = {"size" if key == "vocab_size" else key: v for key, v in spec.to_json().items()}
-    with pytest.raises(UserError, match=r"missing fields \['vocab_size'\].*unknown fields \['size"):
-        ModelSpec.from_json(renamed)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_layers", None), ("num_layers", "4"), ("hidden_size", 4096.5), ("head_dim", -1),
-        ("tied_embeddings", 1), ("rope_scaling", "x"), ("rms_norm_eps", True), ("family", {}),
-        ("rope_theta", float("inf")), ("window_layers", ["0"]), ("window_layers", 3),
-    ],
-)  # fmt: skip
-def test_values_that_no_spec_has(name: str, value: object) -> None:
-    damaged = spec_from_hf(LLAMA_31_8B).to_json() | {name: value}
-    with pytest.raises(UserError, match=rf"model spec: {name} .* cannot be: the folder is damaged"):
-        ModelSpec.from_json(damaged)
 
 
 def test_reading_a_config_needs_no_torch() -> None:
