@@ -14,6 +14,7 @@ if WORKERS:
 LONGEST = (
     "training/test_trainer",
     "training/test_layouts",
+    "convert/test_layouts",
     "convert/test_interrupted",
     "test_quickstart",
     "test_readme",
@@ -22,7 +23,6 @@ LONGEST = (
     "convert/test_verify",
     "convert/test_verify_layers",
     "csrc/test_cuda_emulated",
-    "convert/test_layouts",
     "ops/test_ops",
     "platform/test_parallel",
     "loss/test_random_cases",

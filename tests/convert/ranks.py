@@ -1,6 +1,6 @@
 """What the ranks of test_layouts.py do; apart from it, so that they need not load transformers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,8 @@ RUNS: dict[str, tuple[Layout, ...]] = {
     "qwen3_moe": (Layout(2, 2), Layout(1, 1, expert=2)),
     "qwen3_moe_mixed": (Layout(1, 2, expert=2),),
 }
+# Every family at every one of these; what the ranks save at one is exported too.
+GRID = tuple(Layout(tensor, pipeline) for tensor in (1, 2, 4) for pipeline in (1, 2))
 IDS = torch.arange(64).reshape(2, 32)
 
 
@@ -92,19 +94,29 @@ def save(chunks: Sequence[Any], folder: Path, manifest: dict[str, Any]) -> None:
     dist.barrier()
 
 
-def run_layouts(rank: int, world_size: int, root: Path) -> dict[str, Any]:
+Runs = Mapping[str, Sequence[Layout]]
+
+
+def run_layouts(rank: int, world_size: int, root: Path, runs: Runs) -> dict[str, Any]:
+    """The process groups of a layout are made once, for all models that have it."""
     results: dict[str, Any] = {}
-    for case, layouts in RUNS.items():
-        for layout in layouts:
-            initialize(
-                tensor=layout.tensor,
-                pipeline=layout.pipeline,
-                expert=layout.expert,
-                virtual=layout.virtual,
-            )
-            results[f"{case} {layout}"] = run_layout(root / case, layout, layout is layouts[-1])
-            shutdown()
+    for layout in dict.fromkeys(layout for layouts in runs.values() for layout in layouts):
+        initialize(
+            tensor=layout.tensor,
+            pipeline=layout.pipeline,
+            expert=layout.expert,
+            virtual=layout.virtual,
+        )
+        for case, layouts in runs.items():
+            if layout in layouts:
+                results[f"{case} {layout}"] = run_layout(root / case, layout)
+        shutdown()
     return results
+
+
+def run_dir(root: Path, layout: Layout) -> Path:
+    """Where the ranks of a layout save the model of `root`."""
+    return root / f"run_{'_'.join(map(str, layout))}"
 
 
 def _forget(parameters: Sequence[Tensor]) -> None:
@@ -113,7 +125,7 @@ def _forget(parameters: Sequence[Tensor]) -> None:
 
 
 @torch.no_grad()
-def run_layout(root: Path, layout: Layout, is_saved: bool) -> dict[str, Any]:
+def run_layout(root: Path, layout: Layout) -> dict[str, Any]:
     from megatron.core import parallel_state as ps
 
     from megatron_deft.models.build import build_model, transformer_config
@@ -140,13 +152,13 @@ def run_layout(root: Path, layout: Layout, is_saved: bool) -> dict[str, Any]:
     first_row = ps.get_tensor_model_parallel_rank() * len(vocab[0]) if vocab else 0
     padding = [table[max(0, spec.vocab_size - first_row) :] for table in vocab]
     shard = forward(chunks, IDS, spec.hidden_size)
-    if is_saved:
-        save(chunks, root / "run" / "checkpoints" / folders.step_name(1), manifest)
+    save(chunks, run_dir(root, layout) / "checkpoints" / folders.step_name(1), manifest)
     return {
         "direct_is_imported": all(map(torch.equal, direct, parameters)),
         "data": ps.get_data_parallel_rank(),
         "tensor": ps.get_tensor_model_parallel_rank(),
         "shard": shard,
+        "tables": [table.clone() for table in vocab],
         "padded_rows": sum(len(rows) for rows in padding),
         "padding_is_zero": all(bool((rows == 0).all()) for rows in padding),
     }
