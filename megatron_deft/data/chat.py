@@ -1,6 +1,6 @@
 """From a conversation, or a prompt and its response, to token ids and the mask of trained tokens.
 
-Two steps. *Rendering* turns one row into consecutive pieces of text, each trained or not. It needs
+Two steps. *Rendering* turns one row into consecutive pieces of text, each with its loss weight. It needs
 no `{% generation %}` marker: the boundaries come from rendering the conversation turn by turn
 through the tokenizer's own template, and a template for which that is not exact is an error.
 Rejected: searching the text for marker strings, which breaks as soon as a user quotes them.
@@ -13,39 +13,21 @@ Rejected: character offsets, since several byte-level tokenizers leave spaces ou
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from megatron_deft.data.samples import IGNORE, Encoded, Rendered
 from megatron_deft.errors import UserError
 
-IGNORE = -100  # the label of a position that is not trained, as in torch's cross_entropy
 _MARKS = {  # (color, trained) -> what stands before and after the text
     (False, False): ("", ""),
     (False, True): ("⟦", "⟧"),
     (True, False): ("\x1b[2m", "\x1b[0m"),
     (True, True): ("\x1b[32m", "\x1b[0m"),
 }
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """One sample as text: `pieces` joined are the whole text; `trained[i]` is for `pieces[i]`."""
-
-    pieces: tuple[str, ...]
-    trained: tuple[bool, ...]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One sample as tokens: `tokens` int32 [n] and `trained` bool [n], true where learned."""
-
-    tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
 
 
 def render_columns(
@@ -64,7 +46,7 @@ def render_columns(
         )
     if not use_original_prompt:
         prompt = _apply(tokenizer, [{"role": "user", "content": prompt}], True)
-    return Rendered((prompt, response + tokenizer.eos_token), (False, True))
+    return Rendered((prompt, response + tokenizer.eos_token), (0.0, 1.0))
 
 
 def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Rendered:
@@ -87,7 +69,7 @@ def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Re
         )
     whole = _apply(tokenizer, clean, False)
     pieces: list[str] = []
-    trained: list[bool] = []
+    weights: list[float] = []
     position = 0
     for turn in turns:
         if turn == 0:
@@ -106,9 +88,9 @@ def render_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Re
             )
         end = _end_of_turn(tokenizer, through, len(before))
         pieces += [whole[position : len(before)], whole[len(before) : end]]
-        trained += [False, True]
+        weights += [0.0, 1.0]
         position = end
-    return Rendered((*pieces, whole[position:]), (*trained, False))
+    return Rendered((*pieces, whole[position:]), (*weights, 0.0))
 
 
 def encode(tokenizer: Any, samples: Sequence[Rendered]) -> list[Encoded]:
@@ -155,19 +137,19 @@ def _encode_one(
     if [token for piece in alone for token in piece] == list(whole):  # the common case, by far
         lengths = [len(piece) for piece in alone]
         return Encoded(
-            np.array(whole, np.int32), np.repeat(np.array(sample.trained, bool), lengths)
+            np.array(whole, np.int32), np.repeat(np.array(sample.weights, np.float32), lengths)
         )
     done: list[int] = []  # ids up to the last cut
     text, ids = "", list[int]()  # what follows the cut
-    mask: list[bool] = []
-    for piece, is_trained in zip(sample.pieces, sample.trained, strict=True):
+    weights: list[float] = []
+    for piece, weight in zip(sample.pieces, sample.weights, strict=True):
         grown = _token_ids(tokenizer, [text + piece])[0]
         if grown[: len(ids)] != ids:  # it reads on across the boundary: cut here
             done, text, ids = done + ids, "", []
             grown = _token_ids(tokenizer, [piece])[0]
-        mask += [is_trained] * (len(grown) - len(ids))
+        weights += [weight] * (len(grown) - len(ids))
         text, ids = text + piece, grown
-    return Encoded(np.array(done + ids, np.int32), np.array(mask, bool))
+    return Encoded(np.array(done + ids, np.int32), np.array(weights, np.float32))
 
 
 def _token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:

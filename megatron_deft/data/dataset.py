@@ -15,16 +15,10 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from megatron_deft.data.chat import (
-    IGNORE,
-    Encoded,
-    Rendered,
-    encode,
-    render_columns,
-    render_messages,
-)
+from megatron_deft.data.chat import encode, render_columns, render_messages
 from megatron_deft.data.rows import detect_format, read_rows
 from megatron_deft.data.sampler import FILLER
+from megatron_deft.data.samples import IGNORE, Encoded, Rendered
 from megatron_deft.errors import UserError
 
 if TYPE_CHECKING:
@@ -33,19 +27,19 @@ if TYPE_CHECKING:
 Batch = dict[str, torch.Tensor]
 
 
-_EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, bool))
+_EMPTY = Encoded(np.zeros(0, np.int32), np.zeros(0, np.float32))
 _ROWS_AT_ONCE = 1024  # rows given to the tokenizer in one call, which it shares among threads
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Samples one after another: `tokens` int32 [n], `trained` bool [n], `offsets` int64 [N+1].
+    """Samples one after another: `tokens` int32 [n], `weights` float32 [n], `offsets` int64 [N+1].
 
     `format` is "columns" or "messages". `notes` are lines for the log: what was cut and left out.
     """
 
     tokens: NDArray[np.int32]
-    trained: NDArray[np.bool_]
+    weights: NDArray[np.float32]
     offsets: NDArray[np.int64]
     format: str
     notes: tuple[str, ...]
@@ -57,7 +51,7 @@ class Dataset:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         where = slice(self.offsets[index], self.offsets[index + 1])
-        return Encoded(self.tokens[where], self.trained[where])
+        return Encoded(self.tokens[where], self.weights[where])
 
     def take(self, indices: Iterable[int]) -> list[Encoded]:
         """The samples at `indices`; FILLER gives an empty one."""
@@ -103,7 +97,7 @@ def load_dataset(
         raise UserError(f"{', '.join(files)}: no sample is left to train on: {tally.notes()[0]}")
     return Dataset(
         tokens=np.concatenate([sample.tokens for sample in tally.kept]),
-        trained=np.concatenate([sample.trained for sample in tally.kept]),
+        weights=np.concatenate([sample.weights for sample in tally.kept]),
         offsets=np.cumsum([0, *(len(sample.tokens) for sample in tally.kept)], dtype=np.int64),
         format=form,
         notes=tally.notes(),
@@ -123,7 +117,7 @@ def collate(samples: Sequence[Encoded], length: int) -> Batch:
         used = max(len(sample.tokens) - 1, 0)
         assert used <= length, f"a sample of {used} positions in a batch of length {length}"
         tokens[row, :used] = sample.tokens[:-1]
-        labels[row, :used] = np.where(sample.trained[1:], sample.tokens[1:], IGNORE)
+        labels[row, :used] = np.where(sample.weights[1:] > 0, sample.tokens[1:], IGNORE)
     return {
         "tokens": torch.from_numpy(tokens),
         "labels": torch.from_numpy(labels),
@@ -204,10 +198,10 @@ class _Tally:
                 f"{where}: {length} tokens, more than data.max_length={self.max_length}: raise it, "
                 "or set data.truncation to right or drop"
             )
-        sample = Encoded(sample.tokens[: self.max_length], sample.trained[: self.max_length])
+        sample = Encoded(sample.tokens[: self.max_length], sample.weights[: self.max_length])
         if is_long and self.truncation == "drop":
             self.too_long.append(where)
-        elif not sample.trained[1:].any():  # the first token is never a label
+        elif not sample.weights[1:].any():  # the first token is never a label
             self.untrained.append(where)
         else:
             self.kept.append(sample)

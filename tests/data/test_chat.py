@@ -10,15 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_deft.data.chat import (
-    IGNORE,
-    Encoded,
-    Rendered,
-    encode,
-    render_columns,
-    render_messages,
-    render_sample,
-)
+from megatron_deft.data.chat import encode, render_columns, render_messages, render_sample
+from megatron_deft.data.samples import IGNORE, Encoded, Rendered
 from megatron_deft.errors import UserError
 from tests.data.conftest import (
     ART,
@@ -45,7 +38,7 @@ def ids(tokenizer: Any, text: str) -> list[int]:
 
 def trained_texts(tokenizer: Any, sample: Encoded) -> list[str]:
     """The decoded text of each run of trained tokens."""
-    edges = np.flatnonzero(np.diff(sample.trained.astype(int), prepend=0, append=0))
+    edges = np.flatnonzero(np.diff((sample.weights > 0).astype(int), prepend=0, append=0))
     return [
         tokenizer.decode(sample.tokens[start:end].tolist())
         for start, end in edges.reshape(-1, 2).tolist()
@@ -53,7 +46,7 @@ def trained_texts(tokenizer: Any, sample: Encoded) -> list[str]:
 
 
 def shown(tokenizer: Any, sample: Encoded, color: bool = False) -> str:
-    labels = np.where(sample.trained[1:], sample.tokens[1:], IGNORE)
+    labels = np.where(sample.weights[1:] > 0, sample.tokens[1:], IGNORE)
     return render_sample(tokenizer, sample.tokens[:-1], labels, color)
 
 
@@ -103,7 +96,7 @@ def test_a_prompt_keeps_the_ids_it_has_in_generation(tokenizer: Any) -> None:
     whole = ids(tokenizer, prompt + response)
     assert whole[: len(ids(tokenizer, prompt))] != ids(tokenizer, prompt)
     (sample,) = encode(tokenizer, [Rendered((prompt, response), (False, True))])
-    assert sample.tokens[~sample.trained].tolist() == ids(tokenizer, prompt)
+    assert sample.tokens[sample.weights == 0].tolist() == ids(tokenizer, prompt)
 
 
 def test_a_token_that_would_straddle_a_boundary_is_cut_there(tokenizer: Any) -> None:
@@ -131,7 +124,7 @@ def test_a_tokenizer_that_prefixes_a_space_keeps_the_whole_texts_ids(
     assert apart != whole, "the fixture must tell a piece from its place in the text"
     (sample,) = encode(metaspace_tokenizer, [Rendered((prompt, response), (False, True))])
     assert sample.tokens.tolist() == whole
-    assert sample.trained.sum() == len(whole) - len(ids(metaspace_tokenizer, prompt))
+    assert sample.weights.sum() == len(whole) - len(ids(metaspace_tokenizer, prompt))
 
 
 TEXT = st.text(st.sampled_from(list("aI 1\n\t|_-é🙂'")), max_size=12)
@@ -144,9 +137,9 @@ def test_any_pieces_keep_their_text_and_mask(
 ) -> None:
     texts, flags = zip(*pieces, strict=True)
     (sample,) = encode(tokenizer, [Rendered(texts, flags)])
-    assert len(sample.tokens) == len(sample.trained)
+    assert len(sample.tokens) == len(sample.weights)
     for flag in (True, False):
-        tokens = sample.tokens[sample.trained == flag].tolist()
+        tokens = sample.tokens[sample.weights == flag].tolist()
         expected = "".join(text for text, trained in pieces if trained == flag)
         assert tokenizer.decode(tokens) == expected
 
@@ -278,7 +271,7 @@ def test_what_is_shown_reads_back_to_the_mask(
     texts, flags = zip(*pieces, strict=True)
     start = "<|im_start|>"  # a first token that is never trained, as no first token can be
     (sample,) = encode(tokenizer, [Rendered((start, *texts), (False, *flags))])
-    last = int(np.flatnonzero(sample.trained)[-1]) + 1 if sample.trained.any() else None
+    last = int(np.flatnonzero(sample.weights)[-1]) + 1 if sample.weights.any() else None
     text = shown(tokenizer, sample)
     read = "".join(re.findall("⟦(.*?)⟧", text, re.DOTALL))
     assert read == "".join(text for text, trained in pieces if trained)

@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from megatron_deft.data.chat import IGNORE, Encoded
 from megatron_deft.data.dataset import Dataset, collate, load_dataset
 from megatron_deft.data.sampler import FILLER
+from megatron_deft.data.samples import IGNORE, Encoded
 from megatron_deft.errors import UserError
 from tests.data.conftest import ART, data_config
 
@@ -42,7 +42,7 @@ def texts(tokenizer: Any, data: Dataset) -> list[str]:
 
 def answers(tokenizer: Any, data: Dataset) -> list[str]:
     samples = [data[i] for i in range(len(data))]
-    return [tokenizer.decode(s.tokens[s.trained].tolist()) for s in samples]
+    return [tokenizer.decode(s.tokens[s.weights > 0].tolist()) for s in samples]
 
 
 @pytest.mark.parametrize("name", ["train.parquet", "train.jsonl", "train.json"])
@@ -111,7 +111,7 @@ def lengths_of(tmp_path: Path, tokenizer: Any) -> tuple[str, list[int], list[int
     file = write(tmp_path / "train.parquet", ROWS)
     data = load_dataset(data_config(), [file], tokenizer)
     samples = [data[i] for i in range(len(data))]
-    return file, [len(s.tokens) for s in samples], [int((~s.trained).sum()) for s in samples]
+    return file, [len(s.tokens) for s in samples], [int((s.weights == 0).sum()) for s in samples]
 
 
 def test_right_cuts_and_drops_what_has_no_response_left(tmp_path: Path, tokenizer: Any) -> None:
@@ -248,7 +248,7 @@ def test_a_refused_conversation_names_its_row(
 
 
 def sample(tokens: list[int], trained: list[bool]) -> Encoded:
-    return Encoded(np.array(tokens, np.int32), np.array(trained))
+    return Encoded(np.array(tokens, np.int32), np.array(trained, np.float32))
 
 
 def test_collate_shifts_pads_and_masks() -> None:

@@ -135,7 +135,7 @@ def test_the_prompt_is_what_training_puts_before_the_answer(
         trained = encode(tokenizer, [rendered])[0]
         prompt = render_prompt(tokenizer, sample, "chat")
         ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert ids == trained.tokens[: trained.trained.argmax()].tolist()
+        assert ids == trained.tokens[: (trained.weights > 0).argmax()].tolist()
 
 
 def test_released_prompts(released_file: Path, model: Path) -> None:
