@@ -77,19 +77,16 @@ def _check_training(cfg: RunConfig) -> None:
         raise UserError(
             "checkpoint.export_hf=every_save, but nothing is saved: set train.save_every"
         )
-    if train.val_every is not None and not cfg.data.val_files:
+    data = cfg.data
+    if train.val_every is not None and not (data.val_files or data.val_sets or data.split):
         raise UserError(
-            f"train.val_every={train.val_every} needs data.val_files: name some, or set null"
+            f"train.val_every={train.val_every} needs data.val_sets or data.val_files: name some, "
+            "or set null"
         )
 
 
 def _check_layout(cfg: RunConfig, world_size: int) -> None:
     parallel, train = cfg.parallel, cfg.train
-    if parallel.context != 1:
-        raise UserError(
-            f"parallel.context={parallel.context}: only 1 is supported for now; "
-            "use parallel.tensor with parallel.sequence=true for long sequences"
-        )
     if parallel.sequence and parallel.tensor == 1:
         raise UserError(
             "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
