@@ -1,0 +1,228 @@
+"""Prepared sets: tokens on disk as megatron-core reads them, with a parallel stream of weights.
+
+The files are megatron-core's IndexedDataset (one sequence = one document = one sample), so its
+GPTDataset opens them as well. They are read and written here by numpy: importing megatron-core
+takes seconds, which preparing and inspecting need not wait for, and its index writer is a Python
+loop over all samples. Opening maps the files and reads their headers alone.
+"""
+
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_128
+
+from megatron_deft.data.manifest import (
+    INDEX,
+    TOKENS,
+    WEIGHTS,
+    fingerprint,
+    read_manifest,
+    write_manifest,
+)
+from megatron_deft.data.samples import Encoded
+from megatron_deft.errors import UserError
+
+# The index: magic, version 1, code of the tokens' dtype, sequences, documents; then the sequences'
+# lengths (int32) and byte offsets (int64), and the first sequence of each document (int64, with the
+# end of the last one). megatron.core.datasets.indexed_dataset, read by _IndexReader.
+_MAGIC = b"MMIDIDX\x00\x00"
+_HEADER = struct.Struct("<9sQBQQ")
+_CODES = {"uint16": 8, "int32": 4}
+_UINT16_VOCABULARY = 65500  # megatron-core's own bound in DType.optimal_dtype
+_BLOCK = 1 << 20  # samples
+
+
+def token_dtype(vocab_size: int) -> str:
+    """The dtype that ids below `vocab_size` are stored in."""
+    return "uint16" if vocab_size < _UINT16_VOCABULARY else "int32"
+
+
+def write_index(path: str | Path, lengths: Sequence[NDArray[np.int32]], dtype: str) -> None:
+    """Write a .idx file; `lengths` are the tokens of each sample, in any number of int32 arrays."""
+    count = sum(map(len, lengths))
+    with open(path, "wb") as file:
+        file.write(_HEADER.pack(_MAGIC, 1, _CODES[dtype], count, count + 1))
+        for block in lengths:
+            file.write(np.ascontiguousarray(block, np.int32).data)
+        end = 0
+        for block in lengths:
+            ends = end + np.cumsum(block, dtype=np.int64)
+            file.write(((ends - block) * np.dtype(dtype).itemsize).data)
+            end = int(ends[-1]) if len(ends) else end
+        for start in range(0, count + 1, _BLOCK):
+            file.write(np.arange(start, min(start + _BLOCK, count + 1), dtype=np.int64).data)
+
+
+class TokenSet:
+    """The samples of a prepared set; each is read from the disk when it is asked for.
+
+    path: its folder.
+    manifest: see data.manifest.read_manifest.
+    lengths: int32 [N], tokens of each sample; a view of the mapped index, to be read only.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Errors: UserError when the folder is not a whole prepared set."""
+        self.path = Path(path)
+        self.manifest = read_manifest(path)
+        self._dtype = np.dtype(self.manifest["token_dtype"])
+        count, tokens = self.manifest["samples"], self.manifest["tokens"]
+        width = self.manifest["weight_dtype"]
+        self._tokens = self._map(TOKENS, self._dtype, tokens)
+        self._weights = None if width is None else self._map(WEIGHTS, np.dtype(width), tokens)
+        index = self._map(INDEX, np.dtype(np.uint8), _HEADER.size + 20 * count + 8)
+        expected = (_MAGIC, 1, _CODES[self._dtype.name], count, count + 1)
+        self.lengths: NDArray[np.int32] = np.frombuffer(index, np.int32, count, _HEADER.size)
+        self._offsets = np.frombuffer(index, np.int64, count, _HEADER.size + 4 * count)
+        whole = count > 0 and _HEADER.unpack(index[: _HEADER.size].tobytes()) == expected
+        if not whole or int(self._offsets[-1]) // self._dtype.itemsize + self.lengths[-1] != tokens:
+            raise _damaged(self.path / INDEX, "it is of another set")
+
+    def _map(self, name: str, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+        path, expected = self.path / name, count * dtype.itemsize
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise _damaged(path, "it is missing") from None
+        if size != expected:
+            raise _damaged(path, f"it has {size} bytes, the manifest says {expected}")
+        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Encoded:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        start = int(self._offsets[index]) // self._dtype.itemsize
+        where = slice(start, start + int(self.lengths[index]))
+        tokens = self._tokens[where].astype(np.int32)
+        if self._weights is None:
+            return Encoded(tokens, np.ones(len(tokens), np.float32))
+        return Encoded(tokens, self._weights[where].astype(np.float32))
+
+    def __reduce__(self) -> tuple[type["TokenSet"], tuple[Path]]:
+        return TokenSet, (self.path,)  # a worker maps the files itself
+
+
+def open_set(path: str | Path, tokenizer: Any = None) -> TokenSet:
+    """Open a prepared set; with a `tokenizer`, only if it is the one the set was made with.
+
+    Takes the same time and memory whatever the number of samples.
+
+    Errors: UserError when `path` is no prepared set or a damaged one, and when `tokenizer` makes
+    other ids, or has another chat template than the one that was used.
+    """
+    found = TokenSet(path)
+    if tokenizer is not None:
+        check_tokenizer(found.path, found.manifest, tokenizer)
+    return found
+
+
+def check_tokenizer(path: Path, manifest: dict[str, Any], tokenizer: Any) -> None:
+    """Errors: UserError when the set was made with another tokenizer or chat template."""
+    from megatron_deft.data.tokenizer import template_hash, template_text, tokenizer_hash
+
+    made, template = manifest["tokenizer"], manifest["template"]
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    found = tokenizer_hash(tokenizer)
+    if found != made["hash"]:
+        raise UserError(
+            f"{path} was made with another tokenizer ({made['name']}, {made['hash']}) than {name} "
+            f"({found}): prepare it again with --tokenizer {name}, or use the tokenizer in "
+            f"{path / 'tokenizer'}"
+        )
+    if template is None:
+        return
+    shown = template_hash(template_text(tokenizer))
+    if shown != template["hash"]:
+        raise UserError(
+            f"{path} was made with another chat template ({template['name']}, {template['hash']}) "
+            f"than that of {name} ({shown}): prepare it again with this template, or give the "
+            f"model the tokenizer in {path / 'tokenizer'}"
+        )
+
+
+def _damaged(path: Path, what: str) -> UserError:
+    return UserError(f"{path} is damaged: {what}: prepare the set again")
+
+
+class Block(NamedTuple):
+    """Samples one after another: lengths int32 [n], tokens and weights [sum of lengths].
+
+    weights None: every token is trained.
+    """
+
+    lengths: NDArray[np.int32]
+    tokens: NDArray[Any]
+    weights: NDArray[Any] | None
+
+
+def write_set(
+    folder: Path, blocks: Iterable[Block], dtypes: tuple[str, str | None], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write the files of a set into `folder`, one block in memory, and return its manifest.
+
+    Args:
+        dtypes: of tokens and weights, None for no weights.
+        about: the keys of the manifest that the samples themselves do not tell.
+    """
+    lengths: list[NDArray[np.int32]] = []
+    trained = 0
+    with ExitStack() as stack:
+        tokens, weights = (
+            None if dtype is None else stack.enter_context(_Stream(folder / name, dtype))
+            for name, dtype in zip((TOKENS, WEIGHTS), dtypes, strict=True)
+        )
+        assert tokens is not None
+        for block in blocks:
+            lengths.append(block.lengths)
+            tokens.write(block.tokens)
+            if weights is None or block.weights is None:
+                trained += len(block.tokens)
+                continue
+            weights.write(block.weights)
+            firsts = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
+            trained += int(np.count_nonzero(block.weights))
+            trained -= int(np.count_nonzero(block.weights[firsts]))
+    write_index(folder / INDEX, lengths, tokens.dtype.name)
+    files = {stream.path.name: stream.fingerprint() for stream in (tokens, weights) if stream}
+    counts = {
+        "samples": sum(map(len, lengths)),
+        "tokens": sum(int(block.sum(dtype=np.int64)) for block in lengths),
+        "trained_tokens": trained,
+        "longest": max((int(block.max()) for block in lengths if len(block)), default=0),
+        "token_dtype": dtypes[0],
+        "weight_dtype": dtypes[1],
+    }
+    files[INDEX] = fingerprint(folder / INDEX)
+    return write_manifest(folder, {**about, **counts, "files": files})
+
+
+class _Stream:
+    """A file of one array that grows, with its checksum."""
+
+    def __init__(self, path: Path, dtype: str) -> None:
+        self.path, self.dtype = path, np.dtype(dtype)
+        self._digest, self._size = xxh3_128(), 0
+
+    def __enter__(self) -> "_Stream":
+        self._file = open(self.path, "wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, values: NDArray[Any]) -> None:
+        data = np.ascontiguousarray(values, self.dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._size += len(data)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"bytes": self._size, "xxh3_128": self._digest.hexdigest()}

@@ -1,0 +1,87 @@
+"""manifest.json of a prepared set: what it is, what it was made of, and what was left out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from xxhash import xxh3_128
+
+from megatron_deft.errors import UserError
+
+MANIFEST = "manifest.json"
+FORMAT = "megatron-deft token set"
+VERSION = 1
+KINDS = ("sft", "pretrain")
+TOKENS, INDEX, WEIGHTS = "tokens.bin", "tokens.idx", "weights.bin"
+TOKENIZER = "tokenizer"  # the folder of the tokenizer's files
+_BLOCK = 1 << 22
+_NUMBERS = ("samples", "tokens", "trained_tokens", "longest")
+PLACES = 5  # how many places are named of each reason
+
+
+@dataclass
+class Count:
+    """How many samples something happened to, and where it did first."""
+
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """The manifest of a prepared set. Errors: UserError when `folder` is none, or of a later make.
+
+    Keys:
+        format, version, megatron_deft, transformers: what wrote it.
+        kind: "sft", or "pretrain" (every token is trained, there are no weights).
+        samples, tokens, trained_tokens, longest: counts; longest is of one sample, in tokens.
+        token_dtype ("uint16" | "int32"), weight_dtype ("uint8" | "float32" | null).
+        max_length, truncation: what longer samples met with; max_length null is no limit.
+        tokenizer {hash, name, vocab_size}, template {hash, name, text} or null when none was used.
+        sources [{file, bytes, xxh3_128}], settings: those of RowSettings.
+        dropped, cut: samples left out by reason, and those cut to max_length: {count, places}.
+        files {name: {bytes, xxh3_128}}: the three files of the set.
+    """
+    path = Path(folder) / MANIFEST
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder: name a set that `megatron-deft prepare` wrote")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no prepared set, it has no {MANIFEST}: name a folder that "
+            "`megatron-deft prepare` wrote"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}): prepare the set again") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise UserError(f"{path} is not that of a prepared set: name another folder")
+    if found.get("version") != VERSION:
+        raise UserError(
+            f"{path}: version {found.get('version')}, this program reads {VERSION}: "
+            "prepare the set again, or update megatron-deft"
+        )
+    wrong = [key for key in _NUMBERS if not isinstance(found.get(key), int)]
+    wrong += [key for key in ("tokenizer", "files") if not isinstance(found.get(key), dict)]
+    if wrong or found.get("kind") not in KINDS:
+        raise UserError(f"{path} is damaged ({', '.join(wrong) or 'kind'}): prepare the set again")
+    return found
+
+
+def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the manifest and return it whole; `content` is all but format and version."""
+    whole = {"format": FORMAT, "version": VERSION, **content}
+    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return whole
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file: {bytes, xxh3_128}."""
+    digest, size = xxh3_128(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "xxh3_128": digest.hexdigest()}
