@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from megatron_deft.data.chat import encode, render_columns, render_messages
 from megatron_deft.data.rows import detect_format, read_rows
-from megatron_deft.data.sampler import FILLER
+FILLER = -1
 from megatron_deft.data.samples import IGNORE, Encoded, Rendered
 from megatron_deft.errors import UserError
 

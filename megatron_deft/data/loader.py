@@ -87,6 +87,8 @@ def load_steps(
         sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
+        # its own: a loader draws a seed, and dropout's generator must not move when a run is resumed
+        generator=torch.Generator(),
         # fork: a worker starts at once, and touches neither CUDA nor a process group
         multiprocessing_context="fork" if workers else None,
     )

@@ -27,6 +27,10 @@ class Rows(Protocol):
     def fingerprint(self) -> str:
         """Changes when any row does."""
 
+    @property
+    def packed(self) -> bool:
+        """Whether rows hold several documents, kept apart."""
+
     def documents(self, row: int) -> list[Encoded]:
         """The samples of a row, in order."""
 

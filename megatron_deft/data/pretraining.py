@@ -8,10 +8,9 @@ many rows the whole run will take, so that a run resumed to train longer would r
 others; ours (data.sampler) do not.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ class _Tokenizer:
 
     eod = -1
     vocab_size = None
-    unique_identifiers: OrderedDict[str, str] = OrderedDict()
+    unique_identifiers: ClassVar[dict[str, str]] = {}
 
 
 class TextRows:
@@ -83,7 +82,7 @@ class TextRows:
         tokens = int(documents.sequence_lengths[begin:end].sum(dtype=np.int64))
         if tokens <= self.length:
             raise UserError(
-                f"{prefix}: documents {begin} to {end} have {tokens} tokens, too few for one row of "
+                f"{prefix}: documents {begin} to {end} have {tokens} tokens, too few for a row of "
                 f"{self.length} + 1: lower data.max_length, or change data.split"
             )
         config = GPTDatasetConfig(

@@ -167,7 +167,7 @@ def _shuffled(places: Indices, size: int, seed: int, epoch: int) -> Indices:
     every epoch's first batch; numpy's Generator, whose numbers may change between versions, so that
     a run resumed after an upgrade would see some rows twice and others never (Philox's may not).
     """
-    half = max(4, -(-max(size - 1, 1).bit_length() // 2))
+    half = max(3, -(-max(size - 1, 1).bit_length() // 2))
     keys = np.random.Philox(key=np.array([seed % 2**64, epoch], np.uint64)).random_raw(8)
     shift, mask = np.uint64(half), np.uint64(2**half - 1)
     values = places.astype(np.uint64)

@@ -195,7 +195,9 @@ def test_wrong_overrides_are_refused(minimal, override, expected):
 
 
 def test_missing_keys_and_files(write, tmp_path):
-    assert "run_dir, model.load or model.hf, data.train_sets or data.train_files" in refusal(write("seed: 1"))
+    assert "run_dir, model.load or model.hf, data.train_sets or data.train_files" in refusal(
+        write("seed: 1")
+    )
     assert "no configuration file" in refusal(tmp_path / "absent.yaml")
     assert "is a folder" in refusal(tmp_path)
     assert "is empty" in refusal(write("# nothing\n"))
@@ -217,7 +219,10 @@ def test_sections_refuse_wrong_values_in_code_too():
     [
         ("{train_sets: [a], train_files: [b]}", ["data.train_sets and data.train_files"]),
         ("{train_sets: [a], val_sets: [b], val_files: [c]}", ["data.val_sets and data.val_files"]),
-        ("{train_sets: [a, b], train_weights: [1]}", ["train_weights=[1.0]", "the 2 data.train_se"]),
+        (
+            "{train_sets: [a, b], train_weights: [1]}",
+            ["train_weights=[1.0]", "the 2 data.train_se"],
+        ),
     ],
 )
 def test_sets_and_files_that_do_not_go_together(write, data, expected):
