@@ -31,9 +31,10 @@ def packed_seq_params(batch: Mapping[str, Tensor]) -> PackedParams | None:
     a document come first and see none of its padding, so the numbers are the same; and told of
     padding, TransformerEngine rules FlashAttention 2 out. Given lengths without padding alone it
     would, under context parallelism, round them down to what divides by the ranks.
-    max_seqlen is the longest document, exactly. Were it the length of the whole batch, megatron-core
-    would turn each document by its place in the batch, and not from 0 on: the differences, all that
-    attention sees, stay right, but the angles are float32 and large ones are rounded more.
+    max_seqlen is the longest document, exactly. Were it the length of the whole batch,
+    megatron-core would turn each document by its place in the batch and not from 0 on.
+    Attention sees differences only, which stay right, but the angles are float32, and large ones
+    are rounded more.
     """
     if "cu_seqlens" not in batch:
         return None

@@ -40,29 +40,28 @@ LENGTHS = (48, 40)  # of packed rows; of dense ones too, more than their documen
 @dataclass(frozen=True)
 class Layout:
     family: str = "llama"
-    packed: bool = True
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
-    options: tuple[tuple[str, Any], ...] = ()
+    sequence: bool = False
+    recompute: str = "none"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"tensor": self.tensor, "pipeline": self.pipeline, "context": self.context}
 
 
-LAYOUTS = {
+LAYOUTS = {  # those of the same sizes next to one another: they share process groups
     **{
-        f"context, {family}, {'packed' if packed else 'dense'}": Layout(family, packed, context=2)
+        f"context, {family}": Layout(family, context=2)
         for family in ("llama", "gemma2", "mistral", "glm", "mixtral")
-        for packed in (False, True)
     },
-    "context of four": Layout("mistral", context=4),
-    "context, recomputed": Layout(context=2, options=(("recompute", "full"),)),
-    "context x tensor, dense": Layout(
-        packed=False, context=2, tensor=2, options=(("sequence", True),)
-    ),
-    "context x tensor, packed": Layout(context=2, tensor=2, options=(("sequence", True),)),
+    "context of four, recomputed": Layout("mistral", context=4, recompute="full"),
+    "context x tensor": Layout(context=2, tensor=2, sequence=True),
     "pipeline": Layout(pipeline=2),
-    "pipeline x tensor": Layout(pipeline=2, tensor=2, options=(("sequence", True),)),
     "pipeline x context": Layout(pipeline=2, context=2),
 }
+FORMS = {"dense": False, "packed": True}
 FAMILIES = sorted({layout.family for layout in LAYOUTS.values()})
 
 
@@ -80,12 +79,10 @@ def all_samples() -> list[list[Encoded]]:
     return [documents(*lengths) for lengths in MICRO_BATCHES]
 
 
-def batch_of(layout: Layout, number: int, size: int, rank: int) -> Batch:
+def batch_of(number: int, packed: bool, size: int, rank: int) -> Batch:
     samples = all_samples()[number]
-    rows = [samples] if layout.packed else [[sample] for sample in samples]
-    return collate(
-        rows, LENGTHS[number], packed=layout.packed, context_size=size, context_rank=rank
-    )
+    rows = [samples] if packed else [[sample] for sample in samples]
+    return collate(rows, LENGTHS[number], packed=packed, context_size=size, context_rank=rank)
 
 
 def reference(family: str, folder: Path) -> list[Losses]:
@@ -101,17 +98,21 @@ def reference(family: str, folder: Path) -> list[Losses]:
     return [losses for losses, _ in parts]
 
 
-def forward_backward(layout: Layout, model: GPTModel) -> tuple[list[Losses], bool]:
+def batches_of(packed: bool) -> tuple[list[Batch], bool]:
+    """This rank's, and whether dense ones are cut as megatron-core cuts them."""
     context = parallel_state.get_context_parallel_group()
-    batches = [batch_of(layout, n, context.size(), context.rank()) for n in range(2)]
-    is_same_cut = True
-    if not layout.packed:
-        wholes = [get_batch_on_this_cp_rank(batch_of(layout, n, 1, 0), context) for n in range(2)]
-        is_same_cut = all(
-            torch.equal(ours[name], whole[name])
-            for ours, whole in zip(batches, wholes, strict=True)
-            for name in whole
-        )
+    batches = [batch_of(number, packed, context.size(), context.rank()) for number in range(2)]
+    wholes = [get_batch_on_this_cp_rank(batch_of(n, False, 1, 0), context) for n in range(2)]
+    is_same = packed or all(
+        torch.equal(ours[name], whole[name])
+        for ours, whole in zip(batches, wholes, strict=True)
+        for name in whole
+    )
+    return batches, is_same
+
+
+def forward_backward(model: GPTModel, batches: list[Batch]) -> list[Losses]:
+    """Through megatron-core's schedule; the losses, if this is a last stage."""
     losses: list[Losses] = []
 
     def forward_step(micro_batches: Any, model: GPTModel) -> tuple[Tensor, Any]:
@@ -137,37 +138,48 @@ def forward_backward(layout: Layout, model: GPTModel) -> tuple[list[Losses], boo
         micro_batch_size=1,
         forward_only=False,
     )
-    return losses, is_same_cut
+    return losses
 
 
-def one_layout(layout: Layout, folder: Path) -> Found:
-    initialize(layout.tensor, layout.pipeline, layout.context)
-    sizes = {"tensor": layout.tensor, "pipeline": layout.pipeline, "context": layout.context}
-    model = build(layout.family, **sizes, **dict(layout.options))
-    load(model, folder / layout.family)
-    losses, is_same_cut = forward_backward(layout, model)
-    found = gradients(model)
-    for name, parameter in model.named_parameters():
-        gradient = found.setdefault(name, torch.zeros_like(parameter))
-        dist.all_reduce(gradient, group=parallel_state.get_context_parallel_group())
-        if getattr(parameter, "sequence_parallel", False):
-            dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+def one_layout(layout: Layout, folder: Path) -> dict[str, Found]:
+    model = build(
+        layout.family, sequence=layout.sequence, recompute=layout.recompute, **layout.sizes
+    )
     load(model, folder / f"{layout.family} gradients")
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
-    shutdown()
-    return Found(losses, found, expected, is_same_cut)
+    load(model, folder / layout.family)
+    found = {}
+    for form, packed in FORMS.items():
+        batches, is_same_cut = batches_of(packed)
+        losses = forward_backward(model, batches)
+        mine = gradients(model)
+        for name, parameter in model.named_parameters():
+            gradient = mine.setdefault(name, torch.zeros_like(parameter))
+            dist.all_reduce(gradient, group=parallel_state.get_context_parallel_group())
+            if getattr(parameter, "sequence_parallel", False):
+                dist.all_reduce(gradient, group=parallel_state.get_tensor_model_parallel_group())
+        found[form] = Found(losses, mine, expected, is_same_cut)
+    return found
 
 
 def all_layouts(
     rank: int, world_size: int, folder: Path
-) -> tuple[dict[str, list[Losses]], dict[str, Found]]:
+) -> tuple[dict[str, list[Losses]], dict[str, dict[str, Found]]]:
     initialize(seed=3)
     losses = {family: reference(family, folder) for family in FAMILIES}
+    found = {}
+    sizes: dict[str, int] = {}
+    for name, layout in LAYOUTS.items():
+        if layout.sizes != sizes:
+            shutdown()
+            sizes = layout.sizes
+            initialize(**sizes)
+        found[name] = one_layout(layout, folder)
     shutdown()
-    return losses, {name: one_layout(layout, folder) for name, layout in LAYOUTS.items()}
+    return losses, found
 
 
-Runs = tuple[dict[str, list[Losses]], list[dict[str, Found]]]
+Runs = tuple[dict[str, list[Losses]], list[dict[str, dict[str, Found]]]]
 
 
 @pytest.fixture(scope="module")
@@ -176,28 +188,29 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return ranks[0][0], [found for _, found in ranks]
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_gives_what_documents_alone_give(runs: Runs, name: str) -> None:
-    layout, limits = LAYOUTS[name], tolerance(LAYOUTS[name].family)
-    for number, expected in enumerate(runs[0][layout.family]):
+def test_layout_gives_what_documents_alone_give(runs: Runs, name: str, form: str) -> None:
+    family, ranks = LAYOUTS[name].family, [rank[name][form] for rank in runs[1]]
+    limits = tolerance(family)
+    for number, expected in enumerate(runs[0][family]):
         found: Losses = {}
-        for rank in runs[1]:
-            if rank[name].losses:  # a last stage
-                found |= rank[name].losses[number]
+        for rank in ranks:
+            if rank.losses:  # a last stage
+                found |= rank.losses[number]
         assert found.keys() == expected.keys()
         for place, loss in expected.items():
             assert found[place] == pytest.approx(loss, rel=limits["rtol"], abs=limits["atol"])
-    for rank in runs[1]:
-        one = rank[name]
-        assert one.is_cut_as_megatron_does
-        assert one.gradients.keys() == one.expected.keys()
-        for key, value in one.expected.items():
+    for rank in ranks:
+        assert rank.is_cut_as_megatron_does
+        assert rank.gradients.keys() == rank.expected.keys()
+        for key, value in rank.expected.items():
             torch.testing.assert_close(
-                one.gradients[key], value, msg=lambda text, key=key: f"{key}: {text}", **limits
+                rank.gradients[key], value, msg=lambda text, key=key: f"{key}: {text}", **limits
             )
 
 
 def test_context_ranks_hold_different_positions(runs: Runs) -> None:
-    places = [set(rank["context, llama, packed"].losses[0]) for rank in runs[1]]
+    places = [set(rank["context, llama"]["packed"].losses[0]) for rank in runs[1]]
     assert not places[0] & places[1]
     assert places[0] | places[1] == set(runs[0]["llama"][0])

@@ -9,8 +9,7 @@ import torch
 from megatron_deft.data.batches import collate
 from megatron_deft.data.samples import Encoded
 from megatron_deft.loss.attach import attach
-from megatron_deft.models.attention import TorchAttention
-from megatron_deft.models.packed import PackedParams, packed_seq_params
+from megatron_deft.models.packed import packed_seq_params
 from megatron_deft.platform import initialize, shutdown
 from tests.models.documents import (
     FAMILIES,
