@@ -19,7 +19,7 @@ from megatron_deft.data.samples import IGNORE, Encoded
 Batch = dict[str, torch.Tensor]
 Positions = NDArray[np.int64]
 
-HOST_KEYS = frozenset({"cu_seqlens", "max_seqlen"})  # read by the host: asking a GPU would wait
+HOST_KEYS = frozenset({"cu_seqlens"})  # read by the host: asking a GPU would wait
 
 
 def positions(tokens: Positions, context_size: int = 1) -> Positions:
@@ -60,9 +60,6 @@ def collate(
     and for packed rows also, to be left on the host (HOST_KEYS):
         cu_seqlens: int32 [documents + 1]; where each document begins, over all context-parallel
             ranks, and their end.
-        max_seqlen: int64 []; the longest document, exactly. More would be wrong: megatron-core's
-            unfused rotary embedding takes a table as long as the whole batch for one of absolute
-            positions.
     """
     multiple = _multiple(context_size)
     assert rows, "a batch without rows"
@@ -107,7 +104,6 @@ def collate(
     batch = {name: torch.from_numpy(array.reshape(shape)) for name, array in arrays.items()}
     if packed:
         batch["cu_seqlens"] = torch.from_numpy(np.append(starts, total).astype(np.int32))
-        batch["max_seqlen"] = torch.tensor(int(extents.max()))
     return batch
 
 
