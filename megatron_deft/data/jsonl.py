@@ -37,8 +37,9 @@ class Lines:
         return list(found)
 
     @staticmethod
-    def cut(path: Path) -> list[Task]:
+    def cut(path: Path, columns: Sequence[str] = ()) -> list[Task]:
         """Tasks of about TASK_BYTES."""
+        del columns  # a line is parsed whole
         size = path.stat().st_size
         stops = [*range(TASK_BYTES, size, TASK_BYTES), size]
         starts = [0, *stops[:-1]]
@@ -47,7 +48,7 @@ class Lines:
     @staticmethod
     def rows(task: Task, columns: Sequence[str]) -> Items:
         """The lines that start in the task."""
-        del columns  # a line is parsed whole
+        del columns
         return map(_parsed, _lines_of(task))
 
     @staticmethod
@@ -111,8 +112,9 @@ class Array:
         return list(found)
 
     @staticmethod
-    def cut(path: Path) -> list[Task]:
+    def cut(path: Path, columns: Sequence[str] = ()) -> list[Task]:
         """Tasks of about TASK_BYTES, and TASK_ROWS at the most."""
+        del columns
         count, size = len(_array(str(path))), path.stat().st_size
         return slices(str(path), count, size)
 

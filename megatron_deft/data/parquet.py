@@ -29,16 +29,15 @@ class Parquet:
             return list(file.schema_arrow.names)
 
     @staticmethod
-    def cut(path: Path) -> list[Task]:
-        """Tasks of rows of one row group each."""
+    def cut(path: Path, columns: Sequence[str] = ()) -> list[Task]:
+        """Tasks of rows of one row group each; of about TASK_BYTES in `columns` (() is all)."""
         tasks: list[Task] = []
         with _open(path) as file:
             first = 0
             for index in range(file.metadata.num_row_groups):
                 group = file.metadata.row_group(index)
-                tasks += slices(
-                    str(path), group.num_rows, group.total_byte_size, first=first, group=index
-                )
+                size = _size(group, columns)
+                tasks += slices(str(path), group.num_rows, size, first=first, group=index)
                 first += group.num_rows
         return tasks
 
@@ -68,6 +67,16 @@ def _open(path: Path) -> pq.ParquetFile:
         raise UserError(
             f"{path}: not a whole parquet file ({one_line(error)}): make it again"
         ) from error
+
+
+def _size(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
+    """Uncompressed bytes of `columns` in a row group, of all when there are none."""
+    stored = [group.column(index) for index in range(group.num_columns)]
+    return sum(
+        column.total_uncompressed_size
+        for column in stored
+        if not columns or column.path_in_schema.split(".")[0] in columns
+    )
 
 
 @lru_cache(maxsize=1)  # tasks come in order, so a worker mostly stays in its row group

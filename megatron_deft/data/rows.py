@@ -79,12 +79,14 @@ def _guess(cfg: Columns, file: str, present: Sequence[str], wanted: Mapping[str,
     return fits[0]
 
 
-def cut(files: Iterable[str], limit: int | None = None) -> list[Task]:
+def cut(files: Iterable[str], columns: Sequence[str] = (), limit: int | None = None) -> list[Task]:
     """The tasks of all files, in order; together they have every row, or the first `limit`.
+
+    columns: those that will be read, by whose size parquet files are cut; () is all.
 
     Errors: UserError for a file that is missing, of an unknown kind, or damaged.
     """
-    tasks = [task for file in files for task in _source(file).cut(Path(file))]
+    tasks = [task for file in files for task in _source(file).cut(Path(file), columns)]
     if limit is None:
         return tasks
     kept: list[Task] = []
@@ -138,7 +140,9 @@ def read_rows(files: Iterable[str], columns: Iterable[str]) -> Iterator[Row]:
     needed = list(columns)
     for file in files:
         source, index = _source(file), -1
-        for item in (item for task in source.cut(Path(file)) for item in read_task(task, needed)):
+        for item in (
+            item for task in source.cut(Path(file), needed) for item in read_task(task, needed)
+        ):
             index += 1
             if isinstance(item, RowError):
                 raise UserError(f"{_place(source, file, index)}: {item}") from item
