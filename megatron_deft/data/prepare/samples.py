@@ -1,6 +1,5 @@
 """From the rows of one task to its samples, and a count of those that are left out."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -90,7 +89,6 @@ class Tokeniser:
                 if isinstance(item, RowError):
                     raise item
                 rendered = self._render(item)
-                _check_spelled(rendered)
             except UserError as error:
                 self._refuse(task, counts, row, error)
             else:
@@ -113,7 +111,7 @@ class Tokeniser:
     def _fitted(self, task: Task, counts: Counts, row: int, sample: Encoded) -> Encoded | None:
         """The sample as it is kept, or None."""
         weights = sample.weights
-        if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        if not (weights.min(initial=0) >= 0 and weights.max(initial=0) < np.inf):  # or NaN
             error = UserError("a weight is negative or no finite number: give one from 0 on")
             self._refuse(task, counts, row, error)
             return None
@@ -161,37 +159,25 @@ class Tokeniser:
         if not isinstance(messages, list):
             kind = type(messages).__name__
             raise UserError(f"{key}: expected a list of messages, got {kind}")
-        tools = _tools(self.settings.tools_key, row.get(self.settings.tools_key))
-        if tools is None:
-            return render_messages(self.tokenizer, messages)
-        return render_messages(self.tokenizer, messages, tools)
+        return render_messages(self.tokenizer, messages, row.get(self.settings.tools_key))
 
     def _text(self, row: Mapping[str, Any]) -> Rendered:
         key = self.settings.text_key
         text = text_at(row, key, (), option("text_key"))
         if not text:
             raise UserError(f"{key} is empty")
+        if not _is_unicode(text):
+            raise UserError(f"{key} has half a character (a lone surrogate): mend the text")
         return Rendered((text,), (1.0,))
 
 
-def _tools(key: str, tools: Any) -> list[Any] | None:
-    """The tools of a conversation; parquet files often hold them as JSON text."""
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError:
-            raise UserError(f"{key}: expected a list of tools, or one as JSON text") from None
-    if tools is not None and not isinstance(tools, list):
-        raise UserError(f"{key}: expected a list of tools, got {type(tools).__name__}")
-    return tools or None
-
-
-def _check_spelled(rendered: Rendered) -> None:
-    """Half a surrogate pair, which JSON can write, is no text."""
+def _is_unicode(text: str) -> bool:
+    """Whether it can be written; JSON can spell half a character."""
     try:
-        "".join(rendered.pieces).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"half a surrogate pair ({error.reason}): mend the text") from None
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _reason(error: UserError) -> str:
