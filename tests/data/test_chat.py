@@ -185,9 +185,7 @@ def test_a_template_sees_neither_train_nor_keys_that_are_none(
     filled: list[dict[str, Any]] = [{**turn, "tool_calls": None} for turn in CONVERSATION]
     filled[2]["train"], filled[3]["train"] = True, False
     assert render_messages(tokenizer, filled) == without
-    called = render_messages(
-        tokenizer, [{**message, "tool_calls": [1]} for message in CONVERSATION]
-    )
+    called = render_messages(with_template(LOOKS_AT_KEYS.replace("train", "role")), CONVERSATION)
     assert called != without, "the template must tell them apart"
 
 
@@ -199,17 +197,20 @@ def test_the_mend_that_the_error_names_works(with_template: Callable[..., Any]) 
     assert "hm" not in tokenizer.decode(sample.tokens.tolist())
 
 
+USER = {"role": "user", "content": "x"}
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
         ([{"role": "user", "content": "x"}], "no assistant turn"),
-        ([{"role": "assistant", "content": "x"}], "before it"),
+        ([{"role": "assistant", "content": "x"}], "messages[0]: assistant is the first message"),
         ([{"content": "x"}], "messages[0]: expected an object with `role`"),
         (["x"], "messages[0]: expected an object with `role`"),
         ([{"role": "user", "content": 3}], "messages[0].content: expected a string, got int"),
         ([{"role": "user", "content": "x", "train": True}], "only assistant turns"),
-        ([{"role": "assistant", "content": "x", "train": "no"}], "expected true or false"),
-        ([], "no assistant turn"),
+        ([USER, {"role": "assistant", "content": "x", "train": "no"}], "expected true or false"),
+        ([], "the list is empty"),
     ],
 )
 def test_malformed_messages_are_named(tokenizer: Any, messages: list[Any], message: str) -> None:
