@@ -29,6 +29,7 @@ from megatron_deft.convert.arguments import (
     run_inspect,
     run_verify,
 )
+from megatron_deft.data.arguments import INSPECT, PREPARE
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 
@@ -228,7 +229,11 @@ def _add_convert(commands: Group) -> None:
 
 
 def _add_data(commands: Group) -> None:
-    prepare = _group(commands, "prepare", "Make training and test files of a data set")
+    prepare = _group(commands, "prepare", "Make data to train on, and tokenise it")
+    inspect = _group(commands, "inspect", "Show what is in data")
+    for group, kind, table in ((prepare, "prepare", PREPARE), (inspect, "inspect", INSPECT)):
+        for name, (add_arguments, run, text, example) in table.items():
+            add_arguments(_command(group, name, run, text, f"{kind} {name} {example}"))
     figfont = _command(
         prepare, "figfont", _prepare_figfont,
         "Write the FigFont data set: words drawn as ASCII art, to be read. The defaults are the "

@@ -14,7 +14,8 @@ from megatron_deft.config import load_config
 from megatron_deft.errors import UserError
 
 COMMANDS = (
-    ["objectives"], ["prepare", "figfont"], ["tiny"], ["train"], ["convert", "import"],
+    ["objectives"], ["prepare", "figfont"], ["prepare", "chat"], ["prepare", "pretrain"],
+    ["inspect", "data"], ["tiny"], ["train"], ["convert", "import"],
     ["convert", "export"], ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"],
     ["bench", "loss"], ["bench", "convert"], ["doctor"],
 )  # fmt: skip

@@ -91,7 +91,7 @@ class TokenSet:
             raise _damaged(path, "it is missing") from None
         if size != expected:
             raise _damaged(path, f"it has {size} bytes, the manifest says {expected}")
-        return np.memmap(path, dtype, "r") if size else np.empty(0, dtype)
+        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -201,7 +201,7 @@ def write_set(
         "weight_dtype": dtypes[1],
     }
     files[INDEX] = fingerprint(folder / INDEX)
-    return write_manifest(folder, {**about, **counts, "files": files})
+    return write_manifest(folder, {**counts, **about, "files": files})
 
 
 class _Stream:

@@ -74,7 +74,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     whole = {"format": FORMAT, "version": VERSION, **content}
     text = json.dumps(whole, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return whole
+    return dict(json.loads(text))  # as it is read again
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

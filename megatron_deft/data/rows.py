@@ -1,136 +1,171 @@
-"""Rows of parquet and JSONL files: which columns there are, which format they have, each row."""
+"""Rows of parquet and JSON files: which columns there are, which format they have, each row."""
 
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from megatron_deft.data.jsonl import Array, Lines, is_array
+from megatron_deft.data.parquet import Parquet
+from megatron_deft.data.task import Items, RowError, Task
 from megatron_deft.errors import UserError
 
-if TYPE_CHECKING:
-    from megatron_deft.config import DataConfig
-
 Row = tuple[str, Mapping[str, Any]]  # where it stands ("FILE row 7"), and its columns
-_ROWS_AT_ONCE = 1024
+Source = type[Lines] | type[Array] | type[Parquet]
+_ENDINGS = (".parquet", ".jsonl", ".json")
+_PACKED = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
 
 
-def detect_format(cfg: "DataConfig", files: Sequence[str]) -> str:
-    """Either "columns" or "messages": cfg.format, or for "auto" what the first file fits.
+class Columns(Protocol):
+    """The settings that say which columns are read; of a configuration, or RowSettings."""
+
+    @property
+    def format(self) -> str: ...  # noqa: D102
+    @property
+    def prompt_key(self) -> str: ...  # noqa: D102
+    @property
+    def response_key(self) -> str: ...  # noqa: D102
+    @property
+    def messages_key(self) -> str: ...  # noqa: D102
+    @property
+    def use_original_prompt(self) -> bool: ...  # noqa: D102
+
+
+def option(name: str) -> str:
+    """A setting as it is written in a configuration and on the command line."""
+    return f"data.{name} (--{name.replace('_', '-')})"
+
+
+def detect_format(cfg: Columns, files: Sequence[str]) -> str:
+    """One of "columns", "messages", "text": cfg.format, or for "auto" what the first file fits.
+
+    "auto" never means "text". A JSON file's columns are those of its first 100 rows.
 
     Errors: UserError when a file is missing, empty or lacks a column (naming those it has), and for
     "auto" when both formats fit, since a guess could train on another prompt than the one meant.
     """
     wanted = {"columns": {cfg.prompt_key, cfg.response_key}, "messages": {cfg.messages_key}}
-    present = {file: _reader(file).columns(Path(file)) for file in files}
-    first = files[0]
-    form: str = cfg.format
-    if form == "auto":
-        fits = [name for name, keys in wanted.items() if keys <= set(present[first])]
-        if cfg.use_original_prompt:  # only columns have an original prompt
-            fits = [name for name in fits if name == "columns"]
-        if len(fits) != 1:
-            problem = "columns of both formats fit" if fits else "no format fits"
-            raise UserError(
-                f"{first}: {problem}, it has {', '.join(present[first])}: set data.format to "
-                f"columns (reads {', '.join(sorted(wanted['columns']))}) or messages (reads "
-                f"{cfg.messages_key}), or the data.*_key that name{'s' if fits else ''} yours"
-            )
-        form = fits[0]
-    keys = {"columns": "data.prompt_key and data.response_key", "messages": "data.messages_key"}
+    keys = {
+        "columns": f"{option('prompt_key')} and {option('response_key')}",
+        "messages": option("messages_key"),
+    }
+    if cfg.format == "text":
+        wanted, keys = {"text": {getattr(cfg, "text_key", "text")}}, {"text": option("text_key")}
+    present = {file: _source(file).columns(Path(file)) for file in files}
+    form = _guess(cfg, files[0], present[files[0]], wanted) if cfg.format == "auto" else cfg.format
     for file, columns in present.items():
         missing = sorted(wanted[form] - set(columns))
         if missing:
+            other = "" if form == "text" else f", or {option('format')}"
             raise UserError(
                 f"{file}: no column {', '.join(missing)}, it has {', '.join(columns)}: set "
-                f"{keys[form]}, or data.format"
+                f"{keys[form]}{other}"
             )
     return form
 
 
-def read_rows(files: Iterable[str], columns: Iterable[str]) -> Iterator[Row]:
-    """Every row of `files` in order, with at least `columns` (a row without one is a UserError)."""
-    needed = sorted(set(columns))
-    for file in files:
-        for where, row in _reader(file).rows(Path(file), needed):
-            for column in needed:
-                if column not in row:
-                    raise UserError(f"{where}: no {column}, it has {', '.join(row)}")
-            yield where, row
-
-
-class _Reader(NamedTuple):
-    columns: Callable[[Path], list[str]]
-    rows: Callable[[Path, list[str]], Iterator[Row]]
-
-
-def _parquet_columns(path: Path) -> list[str]:
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowException as error:
+def _guess(cfg: Columns, file: str, present: Sequence[str], wanted: Mapping[str, set[str]]) -> str:
+    fits = [name for name, keys in wanted.items() if keys <= set(present)]
+    if cfg.use_original_prompt:  # only columns have an original prompt
+        fits = [name for name in fits if name == "columns"]
+    if len(fits) != 1:
+        problem = "columns of both formats fit" if fits else "no format fits"
         raise UserError(
-            f"{path}: not a whole parquet file ({_line(error)}): make it again"
-        ) from error
-    with file:
-        if file.metadata.num_rows == 0:
-            raise UserError(f"{path}: the file has no rows")
-        return list(file.schema_arrow.names)
+            f"{file}: {problem}, it has {', '.join(present)}: set {option('format')} to columns "
+            f"(reads {', '.join(sorted(wanted['columns']))}) or messages (reads "
+            f"{cfg.messages_key}), or the key{'s' if fits else ''} that name yours: "
+            f"{option('prompt_key')}, {option('response_key')}, {option('messages_key')}"
+        )
+    return fits[0]
 
 
-def _parquet_rows(path: Path, columns: list[str]) -> Iterator[Row]:
-    number = 0
-    with pq.ParquetFile(path) as file:
-        for block in file.iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns):
-            for row in block.to_pylist():
-                yield f"{path} row {number}", row
-                number += 1
+def cut(files: Iterable[str], columns: Sequence[str] = (), limit: int | None = None) -> list[Task]:
+    """The tasks of all files, in order; together they have every row, or the first `limit`.
+
+    columns: those that will be read, by whose size parquet files are cut; () is all.
+
+    Errors: UserError for a file that is missing, of an unknown kind, or damaged.
+    """
+    tasks = [task for file in files for task in _source(file).cut(Path(file), columns)]
+    if limit is None:
+        return tasks
+    kept: list[Task] = []
+    for task in tasks:
+        if limit <= 0:
+            break
+        kept.append(replace(task, limit=limit))
+        limit -= _source(task.file).count(task)
+    return kept
 
 
-def _jsonl_columns(path: Path) -> list[str]:
-    for _, row in _jsonl_rows(path, []):
-        return list(row)
-    raise UserError(f"{path}: the file has no rows")
+def read_task(task: Task, columns: Iterable[str], optional: Iterable[str] = ()) -> Items:
+    """Each row of a task, a RowError in place of one that cannot be used, None for an empty line.
+
+    A row without one of `columns` is such an error; `optional` columns are read where they are.
+    """
+    needed = sorted(set(columns))
+    left = task.limit
+    for item in _source(task.file).rows(task, [*needed, *optional]):
+        if left is not None and item is not None:
+            if not left:
+                return
+            left -= 1
+        if isinstance(item, Mapping):
+            missing = [column for column in needed if column not in item]
+            if missing:
+                lacks = ", ".join(missing)
+                has = ", ".join(item) or "none"
+                item = RowError(f"no {lacks}, it has {has}", f"no column {lacks}")
+        yield item
 
 
-def _jsonl_rows(path: Path, columns: list[str]) -> Iterator[Row]:
-    del columns  # a line is parsed whole
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except ValueError as error:  # bad JSON, bad UTF-8
-                raise UserError(
-                    f"{where}: not JSON ({_line(error)}): one object per line"
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: expected a JSON object, got {type(row).__name__}")
-            yield where, row
+def place(task: Task, index: int, before: int | None = None) -> str:
+    """Where the task's row of that number stands, such as "FILE line 7"; lines are numbered from 1.
+
+    before: rows or lines of the file before the task, counted by reading them unless given.
+    """
+    source = _source(task.file)
+    return _place(source, task.file, index + (source.before(task) if before is None else before))
 
 
-_JSONL = _Reader(_jsonl_columns, _jsonl_rows)
-_READERS = {
-    ".parquet": _Reader(_parquet_columns, _parquet_rows),
-    ".jsonl": _JSONL,
-    ".json": _JSONL,
-}
+def _place(source: Source, file: str, index: int) -> str:
+    return f"{file} {source.unit} {source.first + index}"
 
 
-def _reader(file: str) -> _Reader:
+def read_rows(files: Iterable[str], columns: Iterable[str]) -> Iterator[Row]:
+    """Every row of `files` in order, with at least `columns`.
+
+    Errors: UserError for the first row that cannot be read or lacks a column, naming its place.
+    """
+    needed = list(columns)
+    for file in files:
+        source, index = _source(file), -1
+        for item in (
+            item for task in source.cut(Path(file), needed) for item in read_task(task, needed)
+        ):
+            index += 1
+            if isinstance(item, RowError):
+                raise UserError(f"{_place(source, file, index)}: {item}") from item
+            if item is not None:
+                yield _place(source, file, index), item
+
+
+def _source(file: str) -> Source:
     path = Path(file)
-    if path.suffix not in _READERS:
-        raise UserError(f"{file}: the name must end in one of {', '.join(_READERS)}")
+    if path.is_dir():
+        raise UserError(f"{file} is a folder: name its files, such as {path / '*.parquet'}")
+    if path.suffix in _PACKED:
+        raise UserError(
+            f"{file} is packed: unpack it first ({_PACKED[path.suffix]} {file}), since files are "
+            "read in parts"
+        )
+    if path.suffix not in _ENDINGS:
+        raise UserError(f"{file}: the name must end in one of {', '.join(_ENDINGS)}")
     if not path.is_file():
-        raise UserError(f"{file}: no such file: check data.train_files and data.val_files")
-    return _READERS[path.suffix]
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+        raise UserError(f"{file}: no such file")
+    if path.suffix == ".parquet":
+        return Parquet
+    return Array if path.suffix == ".json" and is_array(path) else Lines
 
 
 def strings(value: Any) -> Iterator[str]:

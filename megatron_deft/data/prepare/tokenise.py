@@ -1,0 +1,261 @@
+"""Prepare a set: tokenise files in parallel into one folder that training maps and reads.
+
+Files are cut into tasks that depend on nothing but the files. Each task becomes a part file, by
+whichever process; the parts are joined in the order of the tasks. So the result has the same bytes
+whatever the number of processes, and whether or not a run was interrupted and taken up again.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_deft import __version__
+from megatron_deft.data.indexed import Block, token_dtype, write_set
+from megatron_deft.data.manifest import (
+    MANIFEST,
+    PLACES,
+    TOKENIZER,
+    VERSION,
+    Count,
+    fingerprint,
+)
+from megatron_deft.data.prepare.parts import Stored, find_part, key_of, work_folder, write_part
+from megatron_deft.data.prepare.pool import run_jobs
+from megatron_deft.data.prepare.samples import Counts, Tally, Tokeniser, make_part
+from megatron_deft.data.prepare.settings import RowSettings, columns_of, uses_template
+from megatron_deft.data.rows import cut, detect_format, place
+from megatron_deft.data.task import TASK_BYTES, TASK_ROWS, Task
+from megatron_deft.data.tokenizer import (
+    load_tokenizer,
+    save_tokenizer,
+    template_hash,
+    template_text,
+    tokenizer_hash,
+    vocab_size,
+)
+from megatron_deft.errors import UserError
+from megatron_deft.files import atomic_folder, require_space
+
+__all__ = ["RowSettings", "prepare_set"]
+
+logger = logging.getLogger(__name__)
+_REASONS = 40  # told apart; more are counted together
+_OTHER = "other reasons"
+_BYTES_PER_TOKEN = 4  # of text, for an estimate
+
+
+def prepare_set(
+    out: str | Path,
+    files: Sequence[str],
+    tokenizer_folder: str | Path,
+    settings: RowSettings | None = None,
+    *,
+    workers: int = 1,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Tokenise the rows of `files` into the new folder `out`; returns its manifest.
+
+    Interrupted, it leaves the parts that are done in a hidden folder beside `out`; called again
+    with the same files, tokenizer and settings it goes on from there.
+
+    Args:
+        files: parquet, JSONL or JSON files; their rows, in order, are the samples.
+        tokenizer_folder: a Hugging Face folder with a tokenizer.
+        workers: processes; 1 is this one.
+        overwrite: replace `out`, which must be a prepared set.
+        progress: a bar on stderr, where that is a terminal.
+
+    Errors: UserError for a file or row that cannot be used, a tokenizer without what is needed,
+    when no sample is left, when the disk is full, and when a worker process dies.
+    """
+    settings = settings or RowSettings()
+    out = Path(os.path.realpath(out))
+    _check_out(out, overwrite)
+    if not files:
+        raise UserError("no data files: name at least one parquet or JSONL file")
+    if workers < 1:
+        raise UserError(f"workers={workers}: at least 1 is needed")
+    form = detect_format(settings, files)
+    tokenizer = load_tokenizer(tokenizer_folder, settings.template)
+    tokeniser = Tokeniser(tokenizer, settings, form)
+    bar = partial(tqdm, unit="B", unit_scale=True, disable=None if progress else True)
+    stamps = [_stamp(file) for file in files]
+    about = _about(tokeniser, files, tokenizer_folder, bar)
+    needed, optional = columns_of(settings, form)
+    tasks = cut(files, [*needed, *optional], settings.limit)
+    dtype = token_dtype(about["tokenizer"]["vocab_size"])
+    with work_folder(out, key_of(_decisive(about))) as folder:
+        job = _Job(tasks, str(tokenizer_folder), settings, form, dtype, folder, tokeniser)
+        parts = _parts(job, workers, bar)
+        for file, stamp in zip(files, stamps, strict=True):
+            if _stamp(file) != stamp:
+                raise UserError(f"{file} has changed while it was read: run the command again")
+        about |= _left_out(tasks, [part.counts for part in parts])
+        if not any(part.samples for part in parts):
+            reasons = ", ".join(f"{c['count']} {why}" for why, c in about["dropped"].items())
+            raise UserError(f"{', '.join(files)}: no sample is left to train on: {reasons}")
+        weights = None if form == "text" else _weight_dtype(parts)
+        needs = sum(part.path.stat().st_size for part in parts) + sum(p.samples for p in parts) * 20
+        with atomic_folder(out, overwrite, needs, MANIFEST) as target:
+            save_tokenizer(Path(tokenizer_folder), tokenizer, target / TOKENIZER)
+            blocks = _blocks(parts, bar(total=sum(p.tokens for p in parts), unit=" tokens"))
+            return write_set(target, blocks, (dtype, weights), about)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    if out.is_file():
+        raise UserError(f"{out} is a file: choose another name")
+    if not out.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{out} exists already: remove it, choose another, or pass --overwrite")
+    if any(out.iterdir()) and not (out / MANIFEST).is_file():
+        raise UserError(f"{out} is no prepared set, so it is not replaced: choose another name")
+
+
+def _stamp(file: str) -> tuple[int, int]:
+    found = Path(file).stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _about(
+    tokeniser: Tokeniser, files: Sequence[str], folder: str | Path, bar: Callable[..., Any]
+) -> dict[str, Any]:
+    """What the manifest says of where the set comes from."""
+    import transformers
+
+    tokenizer, settings, form = tokeniser.tokenizer, tokeniser.settings, tokeniser.form
+    text = template_text(tokenizer) if uses_template(settings, form) else None
+    sizes = [Path(file).stat().st_size for file in files]
+    sources = []
+    with bar(total=sum(sizes), desc="reading", leave=False) as shown:
+        for file in files:
+            sources.append({"file": str(file), **fingerprint(Path(file))})
+            shown.update(sources[-1]["bytes"])
+    return {
+        "megatron_deft": __version__,
+        "transformers": transformers.__version__,
+        "kind": "pretrain" if form == "text" else "sft",
+        "max_length": settings.max_length,
+        "truncation": settings.truncation,
+        "tokenizer": {
+            "name": str(folder),
+            "hash": tokenizer_hash(tokenizer),
+            "vocab_size": vocab_size(tokenizer),
+        },
+        "template": text and {
+            "name": settings.template or "the tokenizer's own",
+            "hash": template_hash(text),
+            "text": text,
+        },
+        "sources": sources,
+        "settings": asdict(settings) | {"format": form},
+    }  # fmt: skip
+
+
+def _decisive(about: dict[str, Any]) -> dict[str, Any]:
+    """What decides about the parts: not what files and folders are called."""
+    return {
+        **about,
+        "version": VERSION,
+        "cut": [TASK_BYTES, TASK_ROWS],
+        "tokenizer": about["tokenizer"]["hash"],
+        "template": about["template"] and about["template"]["hash"],
+        "sources": [{**source, "file": None} for source in about["sources"]],
+        "settings": {**about["settings"], "template": None},
+    }
+
+
+@dataclass
+class _Job:
+    """The tasks of a set, as the processes get to know them."""
+
+    tasks: Sequence[Task]
+    tokenizer: str
+    settings: RowSettings
+    form: str
+    dtype: str
+    folder: Path
+    tokeniser: Tokeniser | None = None  # of this process; others load their own
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "tokeniser": None}
+
+    def start(self) -> Callable[[int], None]:
+        tokeniser = self.tokeniser or Tokeniser(
+            load_tokenizer(self.tokenizer, self.settings.template), self.settings, self.form
+        )
+        return partial(self._run, tokeniser)
+
+    def _run(self, tokeniser: Tokeniser, number: int) -> None:
+        write_part(self.folder, number, make_part(tokeniser, self.tasks[number], self.dtype))
+
+    def describe(self, number: int) -> str:
+        return f"{place(self.tasks[number], 0)} and on"
+
+
+def _parts(job: _Job, workers: int, bar: Callable[..., Any]) -> list[Stored]:
+    """Every part in order; those that are missing are made now."""
+    found = {number: find_part(job.folder, number) for number in range(len(job.tasks))}
+    parts = {number: part for number, part in found.items() if part is not None}
+    missing = [number for number in found if number not in parts]
+    if parts:
+        logger.info("%d of %d parts are there from before: going on", len(parts), len(found))
+    done = sum(job.tasks[number].bytes for number in parts)
+    total = sum(task.bytes for task in job.tasks)
+    # The parts, and the set beside them before they go.
+    tokens = (total - done) // _BYTES_PER_TOKEN
+    require_space(job.folder, 2 * tokens * (np.dtype(job.dtype).itemsize + 1))
+    samples, tokens = (sum(getattr(p, n) for p in parts.values()) for n in ("samples", "tokens"))
+    with bar(total=total, initial=done, desc="tokenising") as shown:
+        for number, _ in run_jobs(job, missing, workers):
+            part = parts[number] = Stored(job.folder, number)
+            samples, tokens = samples + part.samples, tokens + part.tokens
+            shown.set_postfix(samples=samples, tokens=tokens, refresh=False)
+            shown.update(job.tasks[number].bytes)
+    return [parts[number] for number in sorted(parts)]
+
+
+def _weight_dtype(parts: Sequence[Stored]) -> str:
+    return "uint8" if all(part.weight_dtype == "uint8" for part in parts) else "float32"
+
+
+def _blocks(parts: Sequence[Stored], shown: Any) -> Iterator[Block]:
+    with shown:
+        shown.set_description("joining")
+        for stored in parts:
+            part = stored.read()
+            yield Block(part.lengths, part.tokens, part.weights)
+            shown.update(len(part.tokens))
+
+
+def _left_out(tasks: Sequence[Task], counts: Sequence[Counts]) -> dict[str, Any]:
+    """The manifest's `dropped` and `cut`: all tasks' counts, with the first places by name."""
+    dropped: dict[str, Count] = {}
+    shortened = Count()
+    before = 0
+    for task, count in zip(tasks, counts, strict=True):
+        before = before if task.start else 0  # a new file
+        for reason, tally in count.dropped.items():
+            is_new = reason not in dropped and len(dropped) >= _REASONS
+            _add(dropped.setdefault(_OTHER if is_new else reason, Count()), task, tally, before)
+        _add(shortened, task, count.cut, before)
+        before += count.rows
+    return {
+        "dropped": {reason: asdict(count) for reason, count in dropped.items()},
+        "cut": asdict(shortened),
+    }
+
+
+def _add(total: Count, task: Task, tally: Tally, before: int) -> None:
+    total.count += tally.count
+    for row in tally.rows[: PLACES - len(total.places)]:
+        total.places.append(place(task, row, before))
