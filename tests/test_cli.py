@@ -14,8 +14,9 @@ from megatron_deft.config import load_config
 from megatron_deft.errors import UserError
 
 COMMANDS = (
-    ["objectives"], ["prepare", "figfont"], ["tiny"], ["train"], ["convert", "import"],
-    ["convert", "export"], ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"],
+    ["objectives"], ["prepare", "math"], ["prepare", "medical"], ["prepare", "figfont"], ["tiny"],
+    ["train"], ["convert", "import"], ["convert", "export"],
+    ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"],
     ["bench", "loss"], ["bench", "convert"], ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
