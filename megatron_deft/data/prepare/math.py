@@ -25,6 +25,7 @@ from megatron_deft.data.prepare.splits import (
     Choice,
     DropRow,
     Make,
+    given_columns,
     keep_given,
     optional_text,
     schema,
@@ -69,6 +70,7 @@ def prepare_math(
         columns = [*_LAYOUTS[layout], *filter(source.has, _ALSO)]
         prompts = {MATH[name][0]: MATH[name][1] for name in prompt_types}
         extra = ["question", "answer", "question_instruction", *labels, *prompts]
+        others = given_columns(source, extra) if layout == "released" else []
         label = source.name or _guess(source)
 
         def make(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,6 +91,7 @@ def prepare_math(
                 "question_instruction": problem + SUFFIX,
                 **{name: optional_text(row, name) for name in labels},
                 **{column: write(problem) for column, write in prompts.items()},
+                **dict.fromkeys(others),
             }
             user = {"role": "user", "content": problem + SUFFIX}
             return {
@@ -100,7 +103,7 @@ def prepare_math(
                 "messages": [user, {"role": "assistant", "content": answer}],
             }
 
-        return source, columns, schema(extra), make
+        return source, columns, schema([*extra, *others]), make
 
     more = {"prompt_types": list(prompt_types), "left_out": left_out}
     return write_splits(out, open_rows, choice, "math", more)

@@ -24,6 +24,7 @@ from megatron_deft.data.prepare.sources import Source, open_source
 from megatron_deft.data.prepare.splits import (
     Choice,
     Make,
+    given_columns,
     keep_given,
     optional_text,
     schema,
@@ -70,9 +71,10 @@ def prepare_medical(
     def open_rows() -> tuple[Source, Sequence[str], pa.Schema, Make]:
         source = open_source(sources, "prepare medical OUT")
         layout = source.require(_LAYOUTS)
-        columns = list(_LAYOUTS[layout])
+        columns, others = list(_LAYOUTS[layout]), list[str]()
         if layout == "released":
             columns += filter(source.has, ("data_source",))
+            others = given_columns(source, _EXTRA)
         label = source.name or M23K
 
         def make(index: int, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,10 +86,11 @@ def prepare_medical(
                     raise UserError("extra_info: expected an object")
                 row, names = {**row, **given}, {part: part for part in _PARTS}
             made = _row(row, names, label)
-            extra = keep_given(made["extra_info"], given, left_out)
+            extra = made["extra_info"] | dict.fromkeys(others)
+            extra = keep_given(extra, given, left_out)
             return {**made, "extra_info": {"index": index, **extra}}
 
-        return source, columns, schema(_EXTRA, ["answer_letter"]), make
+        return source, columns, schema([*_EXTRA, *others], ["answer_letter"]), make
 
     return write_splits(out, open_rows, choice, "medical", {"left_out": left_out})
 

@@ -5,7 +5,9 @@ short time limit, before `datasets` is: that retries for half a minute where the
 What it has in its cache is used without one.
 """
 
+import logging
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ import pyarrow.parquet as pq
 from megatron_deft.data.rows import Row, read_rows
 from megatron_deft.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _ENDINGS = (".parquet", ".jsonl", ".json")
 _FOLDER_ENDINGS = (".parquet", ".jsonl")  # a .json in a folder is rather a description of it
@@ -81,7 +84,9 @@ def open_source(names: Sequence[str], command: str) -> Source:
         return _hub(names[0], f"megatron-deft {command} --source FILE...")
     for name, found in zip(names, there, strict=True):
         if not found:
-            alone = ", and a data set of the Hub must be the only source" if "/" in name else ""
+            alone = (
+                ", and a data set of the Hub must be the only source" if _is_hub_id(name) else ""
+            )
             raise UserError(f"--source {name}: no such file or folder{alone}")
     return _local([file for name in names for file in _files(Path(name))])
 
@@ -156,10 +161,9 @@ def _hub(name: str, local: str) -> Source:
             f"{name} comes from the Hugging Face Hub through datasets, which is not installed: "
             f"pip install datasets, or download the files yourself: {local}"
         ) from error
-    import sys
-
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     problem = "the Hub is set offline" if datasets.config.HF_HUB_OFFLINE else _unreachable(name)
     try:
         with _offline(datasets.config, problem is not None):
@@ -170,11 +174,15 @@ def _hub(name: str, local: str) -> Source:
             f"from the Hugging Face Hub ({problem or _line(error)}): download its files where "
             f"there is a network, then {local}"
         ) from error
+    if problem is not None:
+        _LOG.info("%s: %s: what is in the cache of datasets is used", name, problem)
+    # The cache has a folder for every revision.
+    revision = next((Path(file["filename"]).parent.name for file in table.cache_files), None)
     return Source(
         name=name,
         columns={name: list(table.column_names)},
         total=len(table),
-        origin=[{"hub": name, "split": "train", "rows": len(table)}],
+        origin=[{"hub": name, "revision": revision, "split": "train", "rows": len(table)}],
         rows=lambda columns: _table_rows(name, table, columns),
     )
 
@@ -194,11 +202,13 @@ def _unreachable(name: str) -> str | None:
     try:
         HfApi().dataset_info(name, timeout=_SECONDS_TO_REACH)
     except Exception as error:  # of the HTTP library, which differs from version to version
-        if getattr(error, "response", None) is None:
+        response = getattr(error, "response", None)
+        if response is None:
             return f"no network: {_line(error)}"
         raise UserError(
             f"{name}: no such file or folder here, and the Hugging Face Hub does not give such a "
-            f"data set ({_line(error)}): check the name, or log in if it is private"
+            f"data set (it answers {response.status_code}): check the name, or log in if it is "
+            "private (hf auth login)"
         ) from error
     return None
 

@@ -122,6 +122,14 @@ def optional_text(row: Mapping[str, Any], key: str) -> str | None:
     return value
 
 
+def given_columns(source: Source, known: Sequence[str]) -> list[str]:
+    """The texts that extra_info of the first row of `source` has beside those `known`."""
+    extra = next(source.rows(["extra_info"]))[1]["extra_info"]
+    names = extra if isinstance(extra, Mapping) else ()
+    return [name for name in names if name not in known and isinstance(extra[name], str)
+            and name not in _COUNTED]  # fmt: skip
+
+
 def keep_given(
     made: dict[str, Any], given: Mapping[str, Any], left_out: list[str]
 ) -> dict[str, Any]:
