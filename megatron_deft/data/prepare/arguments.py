@@ -174,19 +174,12 @@ def _tokenise(args: argparse.Namespace, original: str | None, question: str, res
 
     settings = RowSettings(
         format="columns",
-        prompt_key="extra_info",
-        response_key="extra_info",
         prompt_dict_keys=(original or question,),
         response_dict_keys=(response,),
-        messages_key="messages",
-        tools_key="tools",
-        text_key="text",
         use_original_prompt=original is not None,
         max_length=args.max_length,
-        truncation="right",
         bad_rows=args.bad_rows,
         template=args.template,
-        limit=None,
     )
     for split in ("train", "val"):
         file = Path(args.out) / f"{split}.parquet"

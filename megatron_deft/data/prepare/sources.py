@@ -130,7 +130,7 @@ def _local(files: Sequence[Path]) -> Source:
 
 
 def _count(file: Path) -> int:
-    """Rows of a file, the lines of JSONL without parsing them."""
+    """Rows of a file; the lines of JSONL are not parsed, a .json may be anything."""
     if file.suffix not in _ENDINGS:
         raise UserError(f"{file}: the name must end in one of {', '.join(_ENDINGS)}")
     if file.suffix == ".parquet":
@@ -138,9 +138,11 @@ def _count(file: Path) -> int:
             rows = int(pq.read_metadata(file).num_rows)
         except pa.ArrowException as error:
             raise UserError(f"{file}: not a whole parquet file ({_line(error)})") from error
-    else:
+    elif file.suffix == ".jsonl":
         with open(file, "rb") as handle:
             rows = sum(not line.isspace() for line in handle)
+    else:
+        rows = sum(1 for _ in read_rows([str(file)], []))
     if not rows:
         raise UserError(f"{file}: the file has no rows")
     return rows

@@ -79,7 +79,7 @@ BAD = {
     "half a file": (r"h\.parquet: not a whole parquet file", lambda t: cut(t / "h.parquet")),
     "broken JSON": (r"b\.jsonl line 2: not JSON", lambda t: broken_line(t / "b.jsonl", b'{"a": ')),
     "not UTF-8": (
-        r"b\.jsonl line 2: not JSON",
+        r"b\.jsonl line 2: (not JSON|invalid UTF-8)",
         lambda t: broken_line(t / "b.jsonl", b'{"a": "\xff"}'),
     ),
     "no object": (
