@@ -14,9 +14,10 @@ from megatron_deft.config import load_config
 from megatron_deft.errors import UserError
 
 COMMANDS = (
-    ["objectives"], ["prepare", "figfont"], ["prepare", "chat"], ["prepare", "pretrain"],
-    ["inspect", "data"], ["tiny"], ["train"], ["convert", "import"],
-    ["convert", "export"], ["convert", "verify"], ["convert", "inspect"], ["evaluate", "figfont"],
+    ["objectives"], ["prepare", "math"], ["prepare", "medical"], ["prepare", "figfont"],
+    ["prepare", "chat"], ["prepare", "pretrain"], ["inspect", "data"], ["tiny"], ["train"],
+    ["convert", "import"], ["convert", "export"], ["convert", "verify"], ["convert", "inspect"],
+    ["evaluate", "figfont"],
     ["bench", "loss"], ["bench", "convert"], ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")

@@ -22,7 +22,7 @@ Positions = NDArray[np.int64]
 HOST_KEYS = frozenset({"cu_seqlens"})  # read by the host: asking a GPU would wait
 
 
-def positions(tokens: Positions, context_size: int = 1) -> Positions:
+def positions(tokens: NDArray[np.integer[Any]], context_size: int = 1) -> Positions:
     """Positions that documents of `tokens` tokens (integers, any shape) take in a batch: int64.
 
     One less than the tokens, the last of which is only a label; with context parallelism rounded

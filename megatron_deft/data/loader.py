@@ -1,5 +1,6 @@
 """From rows to the micro-batches of each step that one rank computes."""
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -81,13 +82,17 @@ def load_steps(
 
     Errors: UserError when a worker dies, instead of waiting for it for ever.
     """
+    if workers:
+        # Workers make no tokens; without this the library warns of each that is forked.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     loader = DataLoader(
         _Steps(rows, share),
         batch_size=None,
         sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        # its own: a loader draws a seed, and dropout's generator must not move when a run is resumed
+        # A loader draws a seed: not from dropout's generator, which would then be another one in a
+        # resumed run.
         generator=torch.Generator(),
         # fork: a worker starts at once, and touches neither CUDA nor a process group
         multiprocessing_context="fork" if workers else None,

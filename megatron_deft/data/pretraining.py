@@ -9,6 +9,7 @@ others; ours (data.sampler) do not.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -54,7 +55,9 @@ class TextRows:
     ) -> None:
         self.length, self.packed = length, False
         self._description: list[str] = []
-        self._datasets = [first(lambda p=p: self._build(p, share, cache, seed)) for p in prefixes]
+        self._datasets = [
+            first(partial(self._build, prefix, share, cache, seed)) for prefix in prefixes
+        ]
         parts = [one.unique_description for one in self._datasets]
         parts += [str(Path(f"{prefix}.bin").stat().st_size) for prefix in prefixes]
         self.fingerprint = str(xxh3_128("".join(parts).encode()).hexdigest())

@@ -15,7 +15,8 @@ from megatron_deft.data.indexed import open_set
 from megatron_deft.data.loader import Share
 from megatron_deft.data.manifest import MANIFEST, TOKENS
 from megatron_deft.data.mixture import Rows, SampleRows
-from megatron_deft.data.prepare.tokenise import RowSettings, ensure_set
+from megatron_deft.data.prepare.pool import available_cores
+from megatron_deft.data.prepare.tokenise import RowSettings, prepare_set
 from megatron_deft.data.pretraining import TextRows
 from megatron_deft.data.sampler import Blend, Indices, Stream, steps
 from megatron_deft.errors import UserError
@@ -153,7 +154,8 @@ def _tokenise(
     out = Path(cfg.run_dir) / "data" / name
 
     def make() -> str:
-        ensure_set(out, files, folder, settings, workers=data.prepare_workers, progress=True)
+        workers = data.prepare_workers or available_cores()
+        prepare_set(out, files, folder, settings, workers=workers, reuse=True)
         return str(out)
 
     return _on_rank_0(make)

@@ -72,7 +72,8 @@ def test_possible_layouts_pass():
         ({"optim": OptimConfig(lr=1e-5, min_lr=1e-4)}, 1, ["optim.min_lr=0.0001", "1e-05"]),
         ({"optim": OptimConfig(warmup_steps=9), "train": TrainConfig(steps=5)}, 1,
          ["optim.warmup_steps=9", "train.steps=5"]),
-        ({"train": TrainConfig(val_every=5)}, 1, ["train.val_every=5", "data.val_sets or data.val_files"]),
+        ({"train": TrainConfig(val_every=5)}, 1,
+         ["train.val_every=5", "data.val_sets or data.val_files"]),
     ],
 )  # fmt: skip
 def test_impossible_runs_are_refused(sections, world, expected):

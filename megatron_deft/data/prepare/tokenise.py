@@ -25,6 +25,7 @@ from megatron_deft.data.manifest import (
     VERSION,
     Count,
     fingerprint,
+    read_manifest,
 )
 from megatron_deft.data.prepare.parts import Stored, find_part, key_of, work_folder, write_part
 from megatron_deft.data.prepare.pool import run_jobs
@@ -59,6 +60,7 @@ def prepare_set(
     *,
     workers: int = 1,
     overwrite: bool = False,
+    reuse: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenise the rows of `files` into the new folder `out`; returns its manifest.
@@ -71,6 +73,8 @@ def prepare_set(
         tokenizer_folder: a Hugging Face folder with a tokenizer.
         workers: processes; 1 is this one.
         overwrite: replace `out`, which must be a prepared set.
+        reuse: leave `out` as it is where it was made of the same files, tokenizer and settings;
+            replace it where not.
         progress: a bar on stderr, where that is a terminal.
 
     Errors: UserError for a file or row that cannot be used, a tokenizer without what is needed,
@@ -78,7 +82,7 @@ def prepare_set(
     """
     settings = settings or RowSettings()
     out = Path(os.path.realpath(out))
-    _check_out(out, overwrite)
+    _check_out(out, overwrite or reuse)
     if not files:
         raise UserError("no data files: name at least one parquet or JSONL file")
     if workers < 1:
@@ -89,6 +93,8 @@ def prepare_set(
     bar = partial(tqdm, unit="B", unit_scale=True, disable=None if progress else True)
     stamps = [_stamp(file) for file in files]
     about = _about(tokeniser, files, tokenizer_folder, bar)
+    if reuse and _is_made_of(out, about):
+        return read_manifest(out)
     needed, optional = columns_of(settings, form)
     tasks = cut(files, [*needed, *optional], settings.limit)
     dtype = token_dtype(about["tokenizer"]["vocab_size"])
@@ -104,7 +110,7 @@ def prepare_set(
             raise UserError(f"{', '.join(files)}: no sample is left to train on: {reasons}")
         weights = None if form == "text" else _weight_dtype(parts)
         needs = sum(part.path.stat().st_size for part in parts) + sum(p.samples for p in parts) * 20
-        with atomic_folder(out, overwrite, needs, MANIFEST) as target:
+        with atomic_folder(out, overwrite or reuse, needs, MANIFEST) as target:
             save_tokenizer(Path(tokenizer_folder), tokenizer, target / TOKENIZER)
             blocks = _blocks(parts, bar(total=sum(p.tokens for p in parts), unit=" tokens"))
             return write_set(target, blocks, (dtype, weights), about)
@@ -159,6 +165,13 @@ def _about(
         "sources": sources,
         "settings": asdict(settings) | {"format": form},
     }  # fmt: skip
+
+
+def _is_made_of(out: Path, about: dict[str, Any]) -> bool:
+    if not (out / MANIFEST).is_file():
+        return False
+    there = read_manifest(out)
+    return _decisive({key: there.get(key) for key in about}) == _decisive(about)
 
 
 def _decisive(about: dict[str, Any]) -> dict[str, Any]:
