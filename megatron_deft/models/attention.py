@@ -166,7 +166,8 @@ class TorchAttention(MegatronModule):
         for (start, end), part in zip(places, queries, strict=True):
             seen = slice(0 if self.window is None else max(0, start + 1 - self.window), end)
             contexts.append(self._attend_last(part, key[:, :, seen], value[:, :, seen], dropout))
-        return torch.cat(contexts, dim=2).transpose(1, 2)
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts, dim=2)
+        return context.transpose(1, 2)
 
     def _attend_last(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
         """Queries [b, heads, q, head_dim] at the last q of the keys' positions [b, groups, k,

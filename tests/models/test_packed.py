@@ -118,6 +118,20 @@ def test_no_document_sees_another() -> None:
     assert (as_one[0] - as_one[1])[later].abs().min() > 1e-4
 
 
+def test_packed_attention_drops_in_training_only() -> None:
+    attention = build("llama").decoder.layers[0].self_attention.core_attention
+    packed = packed_seq_params(collate([documents(4, 4, 3)], 12, packed=True))
+    inputs = [torch.randn(12, heads, 8) for heads in (4, 2, 2)]
+    exact = attention(*inputs, None, packed_seq_params=packed)
+    attention.dropout = 0.5
+    mean = torch.stack(
+        [attention(*inputs, None, packed_seq_params=packed) for _ in range(3000)]
+    ).mean(0)
+    assert not torch.equal(mean, exact)
+    torch.testing.assert_close(mean, exact, rtol=0, atol=0.2)
+    assert torch.equal(attention.eval()(*inputs, None, packed_seq_params=packed), exact)
+
+
 def test_why_max_seqlen_has_to_be_exact() -> None:
     """megatron-core takes as many frequencies as the batch has positions for absolute ones."""
     model, batch = build("llama"), collate([documents(*LENGTHS)], ROW, packed=True)
