@@ -5,6 +5,7 @@ whichever process; the parts are joined in the order of the tasks. So the result
 whatever the number of processes, and whether or not a run was interrupted and taken up again.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -171,7 +172,9 @@ def _is_made_of(out: Path, about: dict[str, Any]) -> bool:
     if not (out / MANIFEST).is_file():
         return False
     there = read_manifest(out)
-    return _decisive({key: there.get(key) for key in about}) == _decisive(about)
+    # as JSON has it: without tuples
+    now = json.loads(json.dumps(_decisive(about)))
+    return bool(_decisive({key: there.get(key) for key in about}) == now)
 
 
 def _decisive(about: dict[str, Any]) -> dict[str, Any]:
