@@ -116,7 +116,8 @@ def prepare_set(
         needs = sum(part.path.stat().st_size for part in parts) + sum(p.samples for p in parts) * 20
         with atomic_folder(out, overwrite, needs, MANIFEST) as target:
             save_tokenizer(Path(tokenizer_folder), tokenizer, target / TOKENIZER)
-            blocks = _blocks(parts, bar(total=sum(p.tokens for p in parts), unit=" tokens"))
+            total = sum(part.tokens for part in parts)
+            blocks = _blocks(parts, bar(total=total, unit=" tokens", desc="joining"))
             return write_set(target, blocks, (dtype, weights), about)
 
 
@@ -248,7 +249,6 @@ def _weight_dtype(parts: Sequence[Stored]) -> str:
 
 def _blocks(parts: Sequence[Stored], shown: Any) -> Iterator[Block]:
     with shown:
-        shown.set_description("joining")
         for stored in parts:
             part = stored.read()
             yield Block(part.lengths, part.tokens, part.weights)
