@@ -264,16 +264,10 @@ def _compile(text: str) -> _Compiled:
 
 
 def _fast_renderer(tokenizer: Any, template: Any, tools: list[dict[str, Any]] | None) -> Render:
-    from transformers.utils import chat_template_utils
-
-    # Transformers 5 gives a message's thoughts every name that some template knows them by.
-    alias = getattr(chat_template_utils, "_alias_reasoning_fields", list)
     fixed = {**tokenizer.special_tokens_map, "tools": tools, "documents": None}
 
     def draw(messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
-        return str(
-            template.render(**fixed, messages=alias(messages), add_generation_prompt=generation)
-        )
+        return str(template.render(**fixed, messages=messages, add_generation_prompt=generation))
 
     return draw
 

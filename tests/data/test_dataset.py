@@ -239,12 +239,15 @@ def test_missing_empty_and_damaged_files(tmp_path: Path, tokenizer: Any) -> None
             load_dataset(data_config(), files, tokenizer)
 
 
+ALL_CONTENTS = "{% for m in messages %}{{ m.content }}{% endfor %}"
+
+
 def test_a_refused_conversation_names_its_row(
     tmp_path: Path, with_template: Callable[..., Any]
 ) -> None:
     file = write(tmp_path / "a.jsonl", [*CHATS, {"messages": [{"role": "user", "content": "x"}]}])
     with pytest.raises(UserError, match=re.escape("a.jsonl line 4: messages: no assistant turn")):
-        load_dataset(data_config(), [file], with_template("{{ messages[0].content }}"))
+        load_dataset(data_config(), [file], with_template(ALL_CONTENTS))
 
 
 def sample(tokens: list[int], trained: list[bool]) -> Encoded:
