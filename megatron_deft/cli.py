@@ -30,6 +30,14 @@ from megatron_deft.convert.arguments import (
     run_verify,
 )
 from megatron_deft.data.arguments import INSPECT, PREPARE
+from megatron_deft.data.prepare.arguments import (
+    add_figfont_arguments,
+    add_math_arguments,
+    add_medical_arguments,
+    run_figfont,
+    run_math,
+    run_medical,
+)
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 
@@ -40,24 +48,6 @@ def _objectives(args: Arguments) -> int:
     from megatron_deft.objectives import describe
 
     print(describe())
-    return 0
-
-
-def _prepare_figfont(args: Arguments) -> int:
-    from megatron_deft.data.prepare.figfont import prepare_figfont
-
-    info = prepare_figfont(
-        args.out,
-        train_size=args.train_size,
-        test_size=args.test_size,
-        min_word_len=args.min_word_len,
-        max_word_len=args.max_word_len,
-        fonts=args.fonts.split(",") if args.fonts else None,
-        seed=args.seed,
-        overwrite=args.overwrite,
-    )
-    rows = ", ".join(f"{count} {split}" for split, count in info["rows"].items())
-    print(f"{args.out}: {rows} ({info['kind']})")
     return 0
 
 
@@ -84,12 +74,14 @@ def _tiny(args: Arguments) -> int:
 
 def _train(args: Arguments) -> int:
     from megatron_deft.config import config_help, dump_yaml, load_config
-    from megatron_deft.training.base import read_base
-    from megatron_deft.training.run import run
 
     if args.help_config:
         print(config_help())
         return 0
+    from megatron_deft.data.check import check_data
+    from megatron_deft.training.base import read_base
+    from megatron_deft.training.run import run
+
     if args.config is None:
         raise UserError("train needs a configuration file: megatron-deft train CONFIG")
     nodes = Nodes(args.nproc_per_node, args.nnodes, args.node_rank, args.rdzv_endpoint)
@@ -100,6 +92,7 @@ def _train(args: Arguments) -> int:
     world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
     config = load_config(args.config, overrides)
     config.validate(world_size, read_base(config.model).spec)
+    check_data(config.data)
     if args.dry_run:
         ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
         print(dump_yaml(config), end="")
@@ -234,19 +227,28 @@ def _add_data(commands: Group) -> None:
     for group, kind, table in ((prepare, "prepare", PREPARE), (inspect, "inspect", INSPECT)):
         for name, (add_arguments, run, text, example) in table.items():
             add_arguments(_command(group, name, run, text, f"{kind} {name} {example}"))
-    figfont = _command(
-        prepare, "figfont", _prepare_figfont,
+    add_math_arguments(_command(
+        prepare, "math", run_math,
+        "Write a math data set: NuminaMath-CoT, its subset of 67,000 problems, or MATH. With the "
+        "released columns, instruction and boxed answers. Validation is the first 128 rows, "
+        "which stay in train, as in the releases. Local files need no network.",
+        "prepare math data/math\n"
+        "  megatron-deft prepare math data/math --source NuminaMath-CoT/data --limit 100000",
+    ))  # fmt: skip
+    add_medical_arguments(_command(
+        prepare, "medical", run_medical,
+        "Write the medical data set m23k. With the released prompts and responses for Llama, Qwen "
+        "and DeepSeek, with and without thinking, and the answer letter. Validation is the first "
+        "128 rows, which stay in train, as in the releases. Local files need no network.",
+        "prepare medical data/medical\n"
+        "  megatron-deft prepare medical data/medical --source m23k/train.parquet",
+    ))  # fmt: skip
+    add_figfont_arguments(_command(
+        prepare, "figfont", run_figfont,
         "Write the FigFont data set: words drawn as ASCII art, to be read. The defaults are the "
         "paper's 40,000 training and 5,000 test samples, checked by their checksum; no download.",
         "prepare figfont data/figfont",
-    )  # fmt: skip
-    figfont.add_argument("out", metavar="OUT", help="folder to write")
-    _int(figfont, "--train-size", None, "first so many training samples")
-    _int(figfont, "--test-size", None, "first so many test samples")
-    _int(figfont, "--min-word-len", 2, "shortest word, letters")
-    _int(figfont, "--max-word-len", 5, "longest word, letters")
-    figfont.add_argument("--fonts", metavar="A,B", help="pyfiglet fonts [the paper's]")
-    _int(figfont, "--seed", 42, "of words and fonts")
+    ))  # fmt: skip
     tiny = _command(
         commands, "tiny", _tiny,
         "Make a tiny Llama with random weights as a whole Hugging Face folder. Its tokenizer is "
@@ -266,8 +268,7 @@ def _add_data(commands: Group) -> None:
     _int(tiny, "--heads", 4, "attention heads")
     _int(tiny, "--kv-heads", 2, "key-value heads")
     _int(tiny, "--seed", 1234, "of the weights")
-    for parser in (figfont, tiny):
-        parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+    tiny.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
 def _add_evaluate(commands: Group) -> None:

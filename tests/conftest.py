@@ -14,6 +14,7 @@ if WORKERS:
 LONGEST = (
     "training/test_trainer",
     "training/test_layouts",
+    "models/test_layouts",
     "convert/test_layouts",
     "convert/test_interrupted",
     "test_quickstart",

@@ -24,6 +24,7 @@ ABOVE_0 = Legal("> 0", lambda value: value > 0)
 FRACTION = Legal("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1 = Legal("in [0, 1)", lambda value: 0 <= value < 1)
 NOT_EMPTY = Legal("non-empty", bool)
+NAMES = Legal("non-empty names", lambda value: value == () or bool(value))
 
 
 def key(meaning: str, default: Any = MISSING, legal: Legal | None = None) -> Any:

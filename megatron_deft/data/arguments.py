@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -97,9 +96,10 @@ def run_pretrain(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace, settings: RowSettings) -> int:
     from megatron_deft.data.inspect import describe
+    from megatron_deft.data.prepare.pool import available_cores
     from megatron_deft.data.prepare.tokenise import prepare_set
 
-    workers = len(os.sched_getaffinity(0)) if args.workers is None else args.workers
+    workers = available_cores() if args.workers is None else args.workers
     manifest = prepare_set(
         args.out, args.files, args.tokenizer, settings, workers=workers, overwrite=args.overwrite
     )

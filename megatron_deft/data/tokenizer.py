@@ -102,13 +102,13 @@ def save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
 
     read = AutoTokenizer.from_pretrained(target, local_files_only=True)
     if template_text(read) != template_text(tokenizer):
-        _write_template(target, template_text(tokenizer))
+        write_template(target, template_text(tokenizer))
         read = AutoTokenizer.from_pretrained(target, local_files_only=True)
     assert template_text(read) == template_text(tokenizer)
     assert tokenizer_hash(read) == tokenizer_hash(tokenizer)
 
 
-def _write_template(folder: Path, text: str | None) -> None:
+def write_template(folder: Path, text: str | None) -> None:
     """Make `text` the one chat template of a tokenizer's folder."""
     for path in folder.glob("chat_template*"):
         path.unlink()

@@ -81,6 +81,10 @@ class _CudaMeansCpu(TorchFunctionMode):
         # weight.data.cuda() for tied embeddings, tensor.cuda() in dist_checkpointing: identity.
         elif func is torch.Tensor.cuda and _called_from_megatron():
             return args[0]
+        # torch.tensor(..., device="cpu", pin_memory=True) for the rotary positions of a
+        # context-parallel rank: only memory that a GPU reads can be pinned.
+        elif "pin_memory" in kwargs and _called_from_megatron():
+            kwargs = {**kwargs, "pin_memory": False}
         # The optimizers sort parameters by `param.type() == "torch.cuda.FloatTensor"`.
         elif func is torch.Tensor.type and not (args[1:] or kwargs) and _called_from_megatron():
             return func(*args).replace("torch.", "torch.cuda.", 1)

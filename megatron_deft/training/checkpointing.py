@@ -23,6 +23,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
 from megatron_deft.convert import hf_folder
+from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.models.families import ModelSpec
@@ -95,6 +96,7 @@ def save(
     optimizer: ChainedOptimizer,
     position: Position,
     hf: Path,
+    template: str | None,
     fields: Mapping[str, Any],
     keep: int | None,
     spare: Collection[Path] = (),
@@ -103,6 +105,7 @@ def save(
 
     model:   this rank's chunks, unwrapped
     hf:      folder with the Hugging Face files beside the weights to carry along
+    template: chat template that the tokenizer among them gets, None for its own
     fields:  further entries of the manifest (spec, objective, base, config)
     keep:    how many checkpoints to keep, None for all
     spare:   checkpoints to keep beside them
@@ -115,6 +118,8 @@ def save(
         shutil.rmtree(temporary, ignore_errors=True)
         (temporary / "state").mkdir(parents=True)
         hf_folder.copy_companions(hf, temporary / "hf")
+        if template is not None:
+            write_template(temporary / "hf", template)
     dist.barrier()
     assert steps(optimizer) <= {position.step}, "a step was skipped"
     state = _model_state(model)

@@ -3,11 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
@@ -68,7 +64,6 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedD
                 stack.enter_context(chunk.no_sync())
             yield
 
-    tcfg.finalize_model_grads_func = finalize_model_grads
     if cfg.parallel.overlap_grad_reduce:
         tcfg.no_sync_func = no_sync
     return wrapped

@@ -12,18 +12,21 @@ from megatron_deft.loss.vocab_parallel import TokenStatistics
 
 GATE_BINS = 10
 MEANS = ("ce", "p", "gate", "collision", "entropy", "accuracy")
-SUMS = ("objective", "denominator", "kept_tokens", *MEANS)
+SUMS = ("objective", "denominator", "kept_tokens", "weight", *MEANS)
 
 
-def token_sums(statistics: TokenStatistics, numerator: Tensor, denominator: Tensor) -> Tensor:
+def token_sums(
+    statistics: TokenStatistics, numerator: Tensor, denominator: Tensor, weights: Tensor
+) -> Tensor:
     """One micro-batch's sums over its kept tokens: fp64 [len(SUMS) + GATE_BINS].
 
-    The loss's numerator and denominator, the number of kept tokens, the sums of -log p, p, gate,
-    collision probability, entropy and argmax hits, and the histogram of the gate over [0, 1] (the
-    last bin holds larger gates too, the first negative ones).
+    The loss's numerator and denominator, the number of kept tokens, the sum of their `weights`
+    [b, s]; the sums, each token as often as it weighs, of -log p, p, gate, collision probability,
+    entropy and argmax hits, and the histogram of the gate over [0, 1] (the last bin holds larger
+    gates too, the first negative ones).
     """
-    keep = statistics.keep
-    gate = statistics.gate
+    keep, gate = statistics.keep, statistics.gate
+    weights = weights.double().where(keep, 0.0)
     per_token = (
         -statistics.logp,
         statistics.p,
@@ -32,13 +35,12 @@ def token_sums(statistics: TokenStatistics, numerator: Tensor, denominator: Tens
         statistics.entropy,
         statistics.is_argmax,
     )
-    # where, not a product: what is not kept may be inf
-    means = [value.double().where(keep, 0.0).sum() for value in per_token]
-    bins = (gate * GATE_BINS).nan_to_num().clamp(0, GATE_BINS - 1).long().where(keep, GATE_BINS)
-    histogram = torch.zeros(GATE_BINS + 1, dtype=torch.float64, device=gate.device)
-    histogram.index_add_(0, bins.flatten(), torch.ones_like(histogram[:1]).expand(bins.numel()))
-    head = [numerator.detach().double(), denominator.double(), keep.sum().double(), *means]
-    return torch.cat([torch.stack(head), histogram[:-1]])
+    # where, not a product alone: what is not kept may be inf
+    means = [(value.double().where(keep, 0.0) * weights).sum() for value in per_token]
+    bins = (gate * GATE_BINS).nan_to_num().clamp(0, GATE_BINS - 1).long()
+    histogram = weights.new_zeros(GATE_BINS).index_add(0, bins.flatten(), weights.flatten())
+    head = [numerator.detach().double(), denominator.double(), keep.sum().double(), weights.sum()]
+    return torch.cat([torch.stack([*head, *means]), histogram])
 
 
 def reduce_sums(parts: Iterable[Mapping[str, Any]], device: torch.device) -> Tensor:
@@ -65,13 +67,13 @@ def reduce_sums(parts: Iterable[Mapping[str, Any]], device: torch.device) -> Ten
 def means(total: Tensor) -> dict[str, float]:
     """Sums -> the metrics of a step: loss, kept_tokens, MEANS, and gate_histogram_0 to _9.
 
-    The histogram is the share of kept tokens per bin. Without a kept token every mean is nan: a 0
-    would look like a perfect model.
+    MEANS and the histogram, the share of kept tokens per bin, count a token by its weight. Without
+    a kept token every mean is nan: a 0 would look like a perfect model.
     """
     values = dict(zip(SUMS, total[: len(SUMS)].tolist(), strict=True))
-    kept = values["kept_tokens"]
-    per_token = 1.0 / kept if kept else math.nan
-    loss = values["objective"] / values["denominator"] if kept else math.nan
+    kept, weight = values["kept_tokens"], values["weight"]
+    per_token = 1.0 / weight if weight else math.nan
+    loss = values["objective"] / values["denominator"] if weight else math.nan
     metrics = {"loss": loss, "kept_tokens": kept}
     metrics |= {name: values[name] * per_token for name in MEANS}
     for index, count in enumerate(total[len(SUMS) :].tolist()):

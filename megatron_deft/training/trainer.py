@@ -2,43 +2,45 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_deft.config import RunConfig, dump_yaml, to_dict
+from megatron_deft.data import tokenizer as tokenizers
+from megatron_deft.data.batches import Batch, collate, to_device
 from megatron_deft.data.chat import render_sample
-from megatron_deft.data.dataset import Batch, Dataset, collate, load_dataset
-from megatron_deft.data.sampler import Indices, Stream, full_pass, padded_length, rank_share
+from megatron_deft.data.loader import Step, load_steps
+from megatron_deft.data.mixture import Rows
+from megatron_deft.data.sampler import Indices, epochs, full_pass
+from megatron_deft.data.tokenizer import template_text
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
-from megatron_deft.loss.attach import Attachment, attach
+from megatron_deft.loss.attach import attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
-from megatron_deft.loss.reduction import reduce_loss
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import device
 from megatron_deft.training import checkpointing
 from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
+from megatron_deft.training.data import open_data, share_of_rank
 from megatron_deft.training.exports import Exports
 from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.model import build_chunks, wrap_chunks
 from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters
-from megatron_deft.training.schedule import learning_rate, warmup_length
-from megatron_deft.training.statistics import means, reduce_sums, token_sums
+from megatron_deft.training.schedule import learning_rate
+from megatron_deft.training.statistics import means, reduce_sums
+from megatron_deft.training.step import StepDenominator, forward_step
 
 # What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
 FREE_KEYS = (
     "run_dir", "parallel", "monitor", "model.load", "model.hf", "checkpoint", "data.show_sample"
 )  # fmt: skip
-LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: what GPUs' matrix units want
 
 
 def say(message: str) -> None:
@@ -47,28 +49,12 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
-@dataclass(frozen=True)
-class Data:
-    """The run's samples and the order they come in."""
+def load_tokenizer(cfg: RunConfig, folder: Path, spec: ModelSpec) -> Any:
+    """The tokenizer among a model's files, with the chat template that the run asks for.
 
-    train: Dataset
-    val: Dataset | None
-    stream: Stream
-    total_steps: int
-
-
-def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
-    """The tokenizer among a model's files. Errors: UserError when the model is too small for it."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"{folder}: no tokenizer that transformers can read ({reason}): put the model's "
-            "tokenizer files into the Hugging Face folder and import it again"
-        ) from None
+    Errors: UserError when the model is too small for it.
+    """
+    tokenizer = tokenizers.load_tokenizer(folder, cfg.data.template)
     if len(tokenizer) > spec.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {spec.vocab_size}: "
@@ -77,30 +63,10 @@ def load_tokenizer(folder: Path, spec: ModelSpec) -> Any:
     return tokenizer
 
 
-def load_data(cfg: RunConfig, tokenizer: Any) -> Data:
-    """Read and tokenise the training and validation files; every rank reads all of them."""
-    first = dist.get_rank() == 0
-    train = load_dataset(cfg.data, cfg.data.train_files, tokenizer, progress=first)
-    val = None
-    if cfg.data.val_files:
-        val = load_dataset(cfg.data, cfg.data.val_files, tokenizer, cfg.data.val_max_samples)
-    for name, dataset in (("data.train_files", train), ("data.val_files", val)):
-        if dataset is not None:
-            say(f"{name}: {len(dataset)} samples ({dataset.format})")
-            for note in dataset.notes:
-                say(f"  {note}")
-    stream = Stream(len(train), cfg.seed, cfg.data.shuffle)
-    steps = cfg.train.steps
-    if steps is None:
-        assert cfg.train.epochs is not None
-        steps = stream.steps(cfg.train.epochs, cfg.train.global_batch)
-    warmup_length(cfg.optim, steps)  # refuse an impossible schedule before the first step
-    return Data(train, val, stream, steps)
-
-
-def show_sample(data: Data, tokenizer: Any) -> None:
+def show_sample(rows: Rows, tokenizer: Any) -> None:
     """Print the first sample with its trained tokens marked."""
-    batch = collate(data.train.take([0]), int(data.train.lengths[0]))
+    first = rows.documents(0)[0]
+    batch = collate([[first]], len(first.tokens) - 1, packed=False)
     color = sys.stdout.isatty()
     text = render_sample(tokenizer, batch["tokens"][0], batch["labels"][0], color)
     say(f"first sample (trained tokens {'in green' if color else 'between ⟦ and ⟧'}):\n{text}\n")
@@ -122,10 +88,13 @@ class Trainer:
         for warning in warnings:
             say(f"warning: {warning}")
         self.files = base.files if resume is None else resume / "hf"
-        tokenizer = load_tokenizer(self.files, spec)
-        self.data = load_data(cfg, tokenizer)
+        tokenizer = load_tokenizer(cfg, self.files, spec)
+        self.template = template_text(tokenizer) if cfg.data.template else None
+        self.data = open_data(cfg, tokenizer, self.files)
+        for note in self.data.notes:
+            say(note)
         if cfg.data.show_sample:
-            show_sample(self.data, tokenizer)
+            show_sample(self.data.train, tokenizer)
 
         self.model = build_chunks(cfg, spec)
         if resume is None:
@@ -143,8 +112,12 @@ class Trainer:
         self.base, self.license = base.name, base.license
         self.tokens: int | None = 0  # of all samples so far; None: an older run did not count
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
+        self.denominator = StepDenominator()
+        self.model[0].config.finalize_model_grads_func = self.denominator.finalize
         if resume is not None:
             self._resume(resume)
+        # the steps that follow; made when the first is asked for
+        self._steps: Iterator[Step] | None = None
 
     def _resume(self, folder: Path) -> None:
         self.position, manifest, notes = checkpointing.load(
@@ -153,10 +126,10 @@ class Trainer:
         self.base = manifest.get("base", self.base)
         self.license = manifest.get("license", self.license)
         self.tokens = manifest.get("tokens")
-        if manifest["samples"] != len(self.data.train):
+        if manifest.get("data") != self.data.train.fingerprint:
             notes.append(
-                f"the data changed: {manifest['samples']} samples when {folder.name} was saved, "
-                f"{len(self.data.train)} now; the order of samples is another one"
+                f"the data, or how samples are packed, changed since {folder.name} was saved: "
+                "samples come in another order"
             )
         notes += _changes(manifest["config"], to_dict(self.cfg))
         for note in notes:
@@ -191,8 +164,8 @@ class Trainer:
             while self.position.step < total:
                 metrics = self.step()
                 step = self.position.step
-                if self._is_due(cfg.train.val_every, step) and self.data.val is not None:
-                    metrics |= self.validate(self.data.val)
+                if self._is_due(cfg.train.val_every, step) and self.data.val_rows:
+                    metrics |= self.validate()
                 if log is not None:
                     log.log(step, metrics)
                     self.exports.poll()
@@ -215,31 +188,35 @@ class Trainer:
         begin = time.perf_counter()
         cfg, data, position = self.cfg, self.data, self.position
         number = position.step + 1
-        batch = data.stream.take(position.consumed, cfg.train.global_batch)
+        if self._steps is None:
+            batches = data.batches(position.consumed, cfg.train.global_batch)
+            self._steps = self._load(data.train, batches)
+        work = next(self._steps)
+        waited = time.perf_counter() - begin
         lr = learning_rate(cfg.optim, data.total_steps, number)
         set_hyper_parameters(self.optimizer, cfg.optim, lr)
         for chunk in self.ddp:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = means(self._forward_backward(data.train, batch, forward_only=False))
+        metrics = means(self._forward_backward(work, forward_only=False))
         _, grad_norm, _ = self.optimizer.step()
-        self.position = Position(number, position.consumed + len(batch))
+        self.position = Position(number, position.consumed + cfg.train.global_batch)
         metrics["grad_norm"] = float(grad_norm or 0.0)
         self._stop_if_not_finite(metrics, number)
         if metrics["kept_tokens"] == 0 and not self._has_warned:
             self._has_warned = True
             say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
         seconds = time.perf_counter() - begin
-        tokens = int(data.train.lengths[batch].sum())
-        self.tokens = None if self.tokens is None else self.tokens + tokens
+        self.tokens = None if self.tokens is None else self.tokens + work.tokens
         return metrics | {
             "lr": lr,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
+            "tokens": work.tokens,
+            "tokens_per_second": work.tokens / seconds,
             "step_seconds": seconds,
+            "data_seconds": waited,
             "samples": self.position.consumed,
-            "epoch": data.stream.epochs(self.position.consumed),
+            "epoch": epochs(data.stream, self.position.consumed),
         }
 
     def _stop_if_not_finite(self, metrics: dict[str, float], step: int) -> None:
@@ -255,34 +232,36 @@ class Trainer:
                 )
 
     @torch.no_grad()
-    def validate(self, dataset: Dataset) -> dict[str, float]:
-        """The objective and its statistics over all of `dataset`, named val_*."""
+    def validate(self) -> dict[str, float]:
+        """The objective and its statistics over the validation data, named val_*."""
+        assert self.data.val is not None
         for chunk in self.ddp:
             chunk.eval()
         total = torch.zeros((), dtype=torch.float64)
-        for batch in full_pass(len(dataset), self.cfg.train.global_batch):
-            total = total + self._forward_backward(dataset, batch, forward_only=True).cpu()
+        batches = full_pass(self.data.val_rows, self.cfg.train.global_batch)
+        for work in self._load(self.data.val, batches):
+            total = total + self._forward_backward(work, forward_only=True).cpu()
         return {f"val_{name}": value for name, value in means(total).items()
                 if not name.startswith("gate_histogram")}  # fmt: skip
 
-    def _forward_backward(self, dataset: Dataset, batch: Indices, forward_only: bool) -> Tensor:
+    def _load(self, rows: Rows, batches: Iterable[Indices]) -> Iterator[Step]:
+        return load_steps(rows, share_of_rank(self.cfg, rows), batches, self.cfg.data.workers)
+
+    def _forward_backward(self, work: Step, forward_only: bool) -> Tensor:
         """Run one global batch through the pipeline; the sums over all ranks (see statistics)."""
         cfg = self.cfg
-        multiple = LENGTH_MULTIPLE * (cfg.parallel.tensor if cfg.parallel.sequence else 1)
-        length = padded_length(dataset.lengths, batch, multiple)
-        rows = rank_share(
-            batch,
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-            cfg.train.micro_batch,
-        )
+        # packed rows stand behind one another
+        rows = work.batches[0]["tokens"].shape[0]
+        self.denominator.clear()
         parts = get_forward_backward_func()(
-            forward_step_func=forward_step(self.attachment, cfg.reduction, forward_only),
-            data_iterator=[_micro_batches(dataset, rows, length) for _ in self.ddp],
+            forward_step_func=forward_step(
+                self.attachment, cfg.reduction, self.denominator, forward_only
+            ),
+            data_iterator=[map(_on_device, work.batches) for _ in self.ddp],
             model=self.ddp,
-            num_microbatches=len(rows),
-            seq_length=length,
-            micro_batch_size=cfg.train.micro_batch,
+            num_microbatches=len(work.batches),
+            seq_length=work.length * (cfg.train.micro_batch // rows),
+            micro_batch_size=rows,
             forward_only=forward_only,
         )
         return reduce_sums(parts, device())
@@ -296,13 +275,14 @@ class Trainer:
             self.optimizer,
             self.position,
             self.files,
+            self.template,
             {
                 "spec": self.spec.to_json(),
                 "objective": self.attachment.objective.spec,
                 "base": self.base,
                 "license": self.license,
                 "tokens": self.tokens,
-                "samples": len(self.data.train),
+                "data": self.data.train.fingerprint,
                 "config": to_dict(self.cfg),
             },
             self.cfg.train.keep_checkpoints,
@@ -315,10 +295,8 @@ class Trainer:
         return folder
 
 
-def _micro_batches(dataset: Dataset, rows: Indices, length: int) -> Iterator[Batch]:
-    for indices in rows:
-        batch = collate(dataset.take(indices), length)
-        yield {name: tensor.to(device(), non_blocking=True) for name, tensor in batch.items()}
+def _on_device(batch: Batch) -> Batch:
+    return to_device(batch, device())
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -337,32 +315,3 @@ def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
             order = "; samples come in another order" if name in ("seed", "data.shuffle") else ""
             notes.append(f"{name} is {value} now and was {old}{order}")
     return notes
-
-
-def forward_step(
-    attachment: Attachment, reduction: str, validating: bool = False
-) -> Callable[..., Any]:
-    """megatron-core's forward step: one micro-batch through this stage, and its loss function.
-
-    validating: a micro-batch of nothing but filler, which completes the last global batch, does not
-    count as one of the micro-batches that reduction="micro_batch" averages.
-    """
-
-    def loss_function(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        statistics = attachment.statistics
-        assert statistics is not None
-        numerator, denominator = reduce_loss(loss, statistics.keep, reduction)
-        if validating and reduction == "micro_batch":
-            denominator = statistics.valid.any().long()
-        sums = token_sums(statistics, numerator, denominator)
-        return numerator, denominator.int(), {"sums": sums}
-
-    def run(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = next(batches)
-        output = model(
-            batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
-            loss_mask=(batch["labels"] >= 0).float(),
-        )  # fmt: skip
-        return output, loss_function
-
-    return run

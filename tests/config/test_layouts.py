@@ -60,7 +60,12 @@ def test_possible_layouts_pass():
     [
         ({"objective": "defft"}, 1, ["defft", "deft"]),
         ({"objective": "OnlyTopP-2"}, 1, ["OnlyTopP-2", "0 <= t < 1"]),
-        ({"parallel": ParallelConfig(context=2)}, 2, ["parallel.context=2", "only 1"]),
+        ({"parallel": ParallelConfig(context=2),
+          "model": ModelConfig(load="w", hidden_dropout=0.1)}, 2,
+         ["model.hidden_dropout=0.1", "parallel.context=2"]),
+        ({"parallel": ParallelConfig(context=2),
+          "data": DataConfig(train_files=("a",), pack=True, max_length=1023)}, 2,
+         ["data.max_length=1023", "multiple of 4, such as 1024"]),
         ({"parallel": ParallelConfig(sequence=True)}, 1, ["parallel.sequence=true", "tensor=1"]),
         ({"parallel": ParallelConfig(tensor=2, pipeline=3)}, 4, ["4 processes", "multiple of 6"]),
         ({}, 0, ["0 processes"]),
@@ -73,7 +78,8 @@ def test_possible_layouts_pass():
         ({"optim": OptimConfig(lr=1e-5, min_lr=1e-4)}, 1, ["optim.min_lr=0.0001", "1e-05"]),
         ({"optim": OptimConfig(warmup_steps=9), "train": TrainConfig(steps=5)}, 1,
          ["optim.warmup_steps=9", "train.steps=5"]),
-        ({"train": TrainConfig(val_every=5)}, 1, ["train.val_every=5", "data.val_files"]),
+        ({"train": TrainConfig(val_every=5)}, 1,
+         ["train.val_every=5", "data.val_sets or data.val_files"]),
     ],
 )  # fmt: skip
 def test_impossible_runs_are_refused(sections, world, expected):

@@ -184,7 +184,7 @@ def test_a_key_twice_inside_one_section(write):
         ("optim.lr=[1", ["not YAML"]),
         ("optim.lr=", ["optim.lr=null"]),
         ("train.resume=''", ["train.resume=", "non-empty"]),
-        ("data.train_files=[]", ["data.train_files", "non-empty"]),
+        ("data.train_files=[]", ["data.train_sets or data.train_files"]),
         ("data.train_files=[a,'']", ["data.train_files", "non-empty"]),
     ],
 )
@@ -195,7 +195,9 @@ def test_wrong_overrides_are_refused(minimal, override, expected):
 
 
 def test_missing_keys_and_files(write, tmp_path):
-    assert "run_dir, data.train_files, model.load or model.hf" in refusal(write("seed: 1"))
+    assert "run_dir, model.load or model.hf, data.train_sets or data.train_files" in refusal(
+        write("seed: 1")
+    )
     assert "no configuration file" in refusal(tmp_path / "absent.yaml")
     assert "is a folder" in refusal(tmp_path)
     assert "is empty" in refusal(write("# nothing\n"))
@@ -210,3 +212,20 @@ def test_sections_refuse_wrong_values_in_code_too():
     with pytest.raises(UserError, match="exclude each other"):
         TrainConfig(steps=3, epochs=1.0)
     assert dataclasses.replace(TrainConfig(), steps=3, epochs=None).steps == 3
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("{train_sets: [a], train_files: [b]}", ["data.train_sets and data.train_files"]),
+        ("{train_sets: [a], val_sets: [b], val_files: [c]}", ["data.val_sets and data.val_files"]),
+        (
+            "{train_sets: [a, b], train_weights: [1]}",
+            ["train_weights=[1.0]", "the 2 data.train_se"],
+        ),
+    ],
+)
+def test_sets_and_files_that_do_not_go_together(write, data, expected):
+    message = refusal(write(f"run_dir: r\nmodel: {{load: w}}\ndata: {data}\n"))
+    for part in expected:
+        assert part in message

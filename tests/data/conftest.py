@@ -10,7 +10,6 @@ from hypothesis import settings
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_deft.config import DataConfig
 from megatron_deft.data.tiny import make_tiny_llama
 
 ART = " _   _ _ \n| | | (_)\n| |_| | |\n|  _  | |\n|_| |_|_|\n\n"
@@ -121,8 +120,3 @@ def with_template(tokenizer: Any) -> Callable[[str | None], Any]:
         return changed
 
     return change
-
-
-def data_config(**changes: Any) -> DataConfig:
-    """The defaults, with some keys changed."""
-    return DataConfig(train_files=("unused",), **changes)

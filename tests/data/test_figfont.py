@@ -8,11 +8,12 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from megatron_deft.data.dataset import load_dataset
+from megatron_deft.data.indexed import open_set
 from megatron_deft.data.prepare import figfont
 from megatron_deft.data.prepare.figfont import prepare_figfont
+from megatron_deft.data.prepare.settings import RowSettings
+from megatron_deft.data.prepare.tokenise import prepare_set
 from megatron_deft.errors import UserError
-from tests.data.conftest import data_config
 
 pytest.importorskip("reasoning_gym", reason="pip install 'megatron-deft[figfont]'")
 
@@ -72,7 +73,9 @@ def test_columns_are_those_of_the_released_trainers(subset: Path) -> None:
     assert extra["llama_prompt"].startswith("<|begin_of_text|><|begin_of_text|><|start_header_id|>")
 
 
-def test_both_formats_train_on_the_answer_alone(subset: Path, tokenizer: Any) -> None:
+def test_both_formats_train_on_the_answer_alone(
+    subset: Path, tokenizer: Any, tiny_folder: Path, tmp_path: Path
+) -> None:
     file = str(subset / "train.parquet")
     expected = [row["extra_info"]["answer"] + "<|im_end|>" for row in rows(subset, "train")]
     for changes in (
@@ -80,7 +83,8 @@ def test_both_formats_train_on_the_answer_alone(subset: Path, tokenizer: Any) ->
         {"format": "columns"},
         {"use_original_prompt": True, "prompt_dict_keys": ("qwen_prompt",)},
     ):
-        data = load_dataset(data_config(max_length=8192, **changes), [file], tokenizer)
+        prepare_set(tmp_path / "set", [file], tiny_folder, RowSettings(**changes), overwrite=True)
+        data = open_set(tmp_path / "set")
         samples = [data[i] for i in range(len(data))]
         assert [tokenizer.decode(s.tokens[s.weights > 0].tolist()) for s in samples] == expected
 

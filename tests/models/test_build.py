@@ -225,7 +225,10 @@ def test_attention_refuses_by_name_what_it_cannot_do() -> None:
         (lambda: module(query[:1], key, value, None), "key/value cache"),
         (lambda: module(query, key, value, None, AttnMaskType.padding), "attn_mask_type"),
         (lambda: attention(TorchAttention, window_size=(4, 1)), "window_size"),
-        (lambda: attention(TorchAttention, context_parallel_size=2), "context_parallel_size"),
+        (
+            lambda: attention(TorchAttention, context_parallel_size=2, dropout=0.1),
+            "dropout 0.1 with context_parallel_size=2",
+        ),
         (lambda: attention(TorchAttention, attn_mask_type=AttnMaskType.padding), "padding mask"),
     ):
         with pytest.raises(NotImplementedError, match=name):

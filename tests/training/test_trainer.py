@@ -13,6 +13,7 @@ import torch
 
 from megatron_deft import checkpoint_folder, platform
 from megatron_deft.config import RunConfig
+from megatron_deft.data.batches import collate
 from megatron_deft.errors import UserError
 from megatron_deft.revision import revision
 from megatron_deft.training.run import run
@@ -83,7 +84,7 @@ def test_objectives_are_different_runs(whole: dict[str, Trajectory]) -> None:
 
 
 def same_but_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "step_seconds")
+    timed = ("tokens_per_second", "step_seconds", "data_seconds")
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
@@ -224,14 +225,16 @@ def by_hand(base: Path, rows: int, reduction: str) -> tuple[float, float]:
     """Loss and gradient norm of NLL on the first rows: transformers and the written formula."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from megatron_deft.config import DataConfig
-    from megatron_deft.data.dataset import collate, load_dataset
+    from megatron_deft.data.chat import encode, render_columns
 
     model = AutoModelForCausalLM.from_pretrained(base / "hf", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(base / "hf")
-    file = str(base / "train.jsonl")
-    data = load_dataset(DataConfig(train_files=(file,), max_length=64), [file], tokenizer)
-    batch = collate(data.take(range(rows)), int(data.lengths[:rows].max()))
+    lines = (base / "train.jsonl").read_text().splitlines()[:rows]
+    texts = [json.loads(line)["extra_info"] for line in lines]
+    samples = encode(
+        tokenizer, [render_columns(tokenizer, t["question"], t["answer"]) for t in texts]
+    )
+    batch = collate([[s] for s in samples], max(len(s.tokens) for s in samples), packed=False)
     logp = model(batch["tokens"]).logits.double().log_softmax(-1)
     labels = batch["labels"]
     nll = -logp.gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels >= 0)

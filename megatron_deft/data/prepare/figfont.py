@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_deft.data.prepare.figfont_fonts import FONTS
+from megatron_deft.data.prepare.released import LLAMA_BOS, llama, qwen
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
 
@@ -46,16 +47,8 @@ SYSTEM = (
     "You are an expert at decoding Figlet Font ASCII art. When given Figlet Font text, identify "
     "the word it represents and output only that without any explanations or additional text."
 )
-QWEN_PROMPT = (
-    f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-    "<|im_start|>user\n{question}\n<|im_end|>\n<|im_start|>assistant\n"
-)
-LLAMA_PROMPT = (
-    "<|begin_of_text|><|begin_of_text|>"  # twice: theirs
-    f"<|start_header_id|>system<|end_header_id|>\n\n{SYSTEM}<|eot_id|>"
-    "<|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n"
-)
+QWEN_PROMPT = qwen(SYSTEM, "{question}\n")
+LLAMA_PROMPT = 2 * LLAMA_BOS + llama(SYSTEM, "{question}")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,13 @@ class _Worker:
     number: int = -1  # of the job it has
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def run_jobs(job: Job, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
     """Do the jobs in `workers` processes; yield (number, result) as they are done.
 

@@ -5,6 +5,7 @@ whichever process; the parts are joined in the order of the tasks. So the result
 whatever the number of processes, and whether or not a run was interrupted and taken up again.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from megatron_deft.data.manifest import (
     VERSION,
     Count,
     fingerprint,
+    read_manifest,
 )
 from megatron_deft.data.prepare.parts import Stored, find_part, key_of, work_folder, write_part
 from megatron_deft.data.prepare.pool import run_jobs
@@ -66,6 +68,7 @@ def prepare_set(
     *,
     workers: int = 1,
     overwrite: bool = False,
+    reuse: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenise the rows of `files` into the new folder `out`; returns its manifest.
@@ -78,6 +81,8 @@ def prepare_set(
         tokenizer_folder: a Hugging Face folder with a tokenizer.
         workers: processes; 1 is this one.
         overwrite: replace `out`, which must be a prepared set.
+        reuse: leave `out` as it is where it was made of the same files, tokenizer and settings;
+            replace it where not.
         progress: a bar on stderr, where that is a terminal.
 
     Errors: UserError for a file or row that cannot be used, a tokenizer without what is needed,
@@ -85,7 +90,7 @@ def prepare_set(
     """
     settings = settings or RowSettings()
     out = Path(os.path.realpath(out))
-    _check_out(out, overwrite)
+    _check_out(out, overwrite or reuse)
     if not files:
         raise UserError("no data files: name at least one parquet or JSONL file")
     if workers < 1:
@@ -96,6 +101,8 @@ def prepare_set(
     bar = partial(tqdm, unit="B", unit_scale=True, disable=None if progress else True)
     stamps = [stamp(file) for file in files]
     about = _about(tokeniser, files, tokenizer_folder, bar)
+    if reuse and _is_made_of(out, about):
+        return read_manifest(out)
     needed, optional = columns_of(settings, form)
     tasks = cut(files, [*needed, *optional], settings.limit)
     dtype = token_dtype(about["tokenizer"]["vocab_size"])
@@ -114,7 +121,7 @@ def prepare_set(
             raise UserError(f"{', '.join(files)}: no sample is left to train on: {reasons}")
         weights = None if form == "text" else _weight_dtype(parts)
         needs = sum(part.path.stat().st_size for part in parts) + sum(p.samples for p in parts) * 20
-        with atomic_folder(out, overwrite, needs, MANIFEST) as target:
+        with atomic_folder(out, overwrite or reuse, needs, MANIFEST) as target:
             save_tokenizer(Path(tokenizer_folder), tokenizer, target / TOKENIZER)
             total = sum(part.tokens for part in parts)
             blocks = _blocks(parts, bar(total=total, unit=" tokens", desc="joining"))
@@ -165,6 +172,15 @@ def _about(
         "sources": sources,
         "settings": asdict(settings) | {"format": form},
     }  # fmt: skip
+
+
+def _is_made_of(out: Path, about: dict[str, Any]) -> bool:
+    if not (out / MANIFEST).is_file():
+        return False
+    there = read_manifest(out)
+    # as JSON has it: without tuples
+    now = json.loads(json.dumps(_decisive(about)))
+    return bool(_decisive({key: there.get(key) for key in about}) == now)
 
 
 def _decisive(about: dict[str, Any]) -> dict[str, Any]:

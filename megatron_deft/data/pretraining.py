@@ -1,0 +1,121 @@
+"""Rows of running text for continued pretraining, by megatron-core's GPTDataset.
+
+A row is `length` + 1 consecutive tokens of documents put one behind the other in a shuffled order;
+the next row begins with the last token of the one before, so that every token but the first is
+predicted once. Attention reaches over the end of a document, as is usual in pretraining.
+Rejected: GPTDataset's own epochs and megatron-core's BlendedDataset. Their orders depend on how
+many rows the whole run will take, so that a run resumed to train longer would repeat some and miss
+others; ours (data.sampler) do not.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from xxhash import xxh3_128
+
+from megatron_deft.data.sampler import Indices
+from megatron_deft.data.samples import Encoded
+from megatron_deft.errors import UserError
+
+
+class _Tokenizer:
+    """What GPTDataset asks of a tokenizer; it makes no ids and masks no token here."""
+
+    eod = -1
+    vocab_size = None
+    unique_identifiers: ClassVar[dict[str, str]] = {}
+
+
+class TextRows:
+    """Rows of `length` positions from indexed datasets, each one pass over its documents.
+
+    prefixes: what stands before .bin and .idx of each.
+    share: the documents of each that count, from and to, as parts of 1.
+    cache: folder of the indices that GPTDataset makes once and maps from then on.
+    seed: of the documents' order.
+    first: makes the indices before the other ranks look for them; called with the function that
+        builds (see training.data).
+
+    Errors: UserError for files that are no indexed dataset, and with too few tokens for one row.
+    """
+
+    def __init__(
+        self,
+        prefixes: Sequence[str],
+        length: int,
+        share: tuple[float, float],
+        cache: Path,
+        seed: int,
+        first: Callable[[Callable[[], Any]], Any],
+    ) -> None:
+        self.length, self.packed = length, False
+        self._description: list[str] = []
+        self._datasets = [
+            first(partial(self._build, prefix, share, cache, seed)) for prefix in prefixes
+        ]
+        parts = [one.unique_description for one in self._datasets]
+        parts += [str(Path(f"{prefix}.bin").stat().st_size) for prefix in prefixes]
+        self.fingerprint = str(xxh3_128("".join(parts).encode()).hexdigest())
+        self._firsts = np.cumsum([0, *self.sizes])
+
+    def _build(self, prefix: str, share: tuple[float, float], cache: Path, seed: int) -> Any:
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.indexed_dataset import IndexedDataset
+        from megatron.core.datasets.utils import Split
+
+        try:
+            documents = IndexedDataset(prefix)
+        except (AssertionError, ValueError, KeyError) as error:
+            raise UserError(
+                f"{prefix}.idx: no index that megatron-core can read ({error}): prepare it again"
+            ) from None
+        begin, end = (round(part * len(documents)) for part in share)
+        chosen = np.arange(begin, end, dtype=np.int32)
+        tokens = int(documents.sequence_lengths[begin:end].sum(dtype=np.int64))
+        if tokens <= self.length:
+            raise UserError(
+                f"{prefix}: documents {begin} to {end} have {tokens} tokens, too few for a row of "
+                f"{self.length} + 1: lower data.max_length, or change data.split"
+            )
+        config = GPTDatasetConfig(
+            random_seed=seed % 2**32,  # what numpy's RandomState takes
+            sequence_length=self.length,
+            blend=([prefix], None),
+            split=f"{share[0]},{share[1]}",  # part of the cache's name; the documents are chosen
+            path_to_cache=str(cache),
+            tokenizer=_Tokenizer(),  # type: ignore[arg-type]
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        dataset = GPTDataset(documents, prefix, chosen, None, Split.train, config)
+        self._description.append(
+            f"{prefix}: {len(chosen)} documents, {tokens} tokens; {len(dataset)} rows of "
+            f"{self.length}"
+        )
+        return dataset
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each dataset."""
+        return [len(one) for one in self._datasets]
+
+    def documents(self, row: int) -> list[Encoded]:
+        """The one piece of text of a row."""
+        number = int(np.searchsorted(self._firsts, row, side="right")) - 1
+        item = self._datasets[number][int(row - self._firsts[number])]
+        tokens = torch.cat([item["tokens"], item["labels"][-1:]]).numpy().astype(np.int32)
+        return [Encoded(tokens, np.ones(len(tokens), np.float32))]
+
+    def positions(self, rows: Indices) -> Indices:
+        """Positions that each of `rows` takes in a batch, int64 [n]: all the same."""
+        return np.full(len(rows), self.length, np.int64)
+
+    def describe(self) -> list[str]:
+        """A line for each dataset."""
+        return self._description

@@ -1,0 +1,83 @@
+"""One micro-batch through the model: megatron-core's forward step, and what its mean divides by."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor
+
+from megatron_deft.data.batches import Batch
+from megatron_deft.loss.attach import Attachment
+from megatron_deft.loss.reduction import reduce_loss
+from megatron_deft.models.packed import packed_seq_params
+from megatron_deft.platform import device
+from megatron_deft.training.statistics import token_sums
+
+
+class StepDenominator:
+    """What the step's gradient is divided by: the denominators of its micro-batches, summed.
+
+    megatron-core counts tokens in an integer; weighed tokens and means of samples that
+    context-parallel ranks share are no integers. So this counts, and takes the place of its count.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was counted."""
+        self.total = torch.zeros((), dtype=torch.float64, device=device())
+
+    def finalize(self, chunks: Sequence[Any], num_tokens: Tensor | None, **options: Any) -> None:
+        """megatron-core's finalize_model_grads, which reduces and divides the gradients."""
+        assert num_tokens is not None, "calculate_per_token_loss is not set"
+        finalize_model_grads(list(chunks), self.total, **options)
+
+
+def forward_step(
+    attachment: Attachment,
+    reduction: str,
+    denominator: StepDenominator,
+    validating: bool = False,
+) -> Callable[..., Any]:
+    """megatron-core's forward step: one micro-batch through this stage, and its loss function.
+
+    validating: a micro-batch of nothing but filler, which completes the last global batch, does not
+    count as one of the micro-batches that reduction="micro_batch" averages.
+    """
+
+    def loss_function(batch: Batch, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        statistics = attachment.statistics
+        assert statistics is not None
+        context = parallel_state.get_context_parallel_group()
+        numerator, mine = reduce_loss(
+            loss,
+            statistics.keep,
+            reduction,
+            weights=batch["weights"],
+            documents=batch["documents"],
+            group=context if context.size() > 1 else None,
+        )
+        if validating and reduction == "micro_batch":
+            has_labels = statistics.valid.any().double()
+            # a rank's part of a sample may have none where another's has
+            dist.all_reduce(has_labels, op=dist.ReduceOp.MAX, group=context)
+            mine = has_labels / context.size()
+        denominator.total += mine
+        sums = token_sums(statistics, numerator, mine, batch["weights"])
+        return numerator, torch.ones((), dtype=torch.int, device=loss.device), {"sums": sums}
+
+    def run(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
+        batch = next(batches)
+        output = model(
+            batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
+            loss_mask=(batch["labels"] >= 0).float(),
+            packed_seq_params=packed_seq_params(batch),
+        )  # fmt: skip
+        return output, partial(loss_function, batch)
+
+    return run
