@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_deft.data import jsonl
-from megatron_deft.data.rows import cut, place, read_rows, read_task
+from megatron_deft.data.rows import cut, place, read_rows, read_task, release
 from megatron_deft.data.task import RowError, Task
 from megatron_deft.errors import UserError
 from tests.data.files import write
@@ -86,7 +86,7 @@ def test_a_json_file_may_be_one_array(tmp_path: Path, monkeypatch: pytest.Monkey
     assert isinstance(last, RowError)
     assert place(tasks[-1], tasks[-1].stop - tasks[-1].start - 1) == f"{path} item 50"
     monkeypatch.setattr(jsonl, "_ARRAY_LIMIT", 10)
-    jsonl._array.cache_clear()
+    release()
     with pytest.raises(UserError, match=r"make it lines first \(jq -c '.\[\]' .*a.json > .*jsonl"):
         cut([str(path)])
 

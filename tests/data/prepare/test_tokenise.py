@@ -206,6 +206,29 @@ def test_other_settings_do_not_take_the_parts(
     assert hidden(tmp_path) == []
 
 
+def test_after_a_bad_row_the_work_goes_on_without_it(
+    tmp_path: Path,
+    tiny_folder: Path,
+    small_tasks: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    out = tmp_path / "set"
+    file = write(tmp_path / "a.jsonl", [*ROWS[:30], "bad", *ROWS])
+    with pytest.raises(UserError, match="line 31: not JSON"):
+        prepare_set(out, [file], tiny_folder)
+    caplog.set_level(logging.INFO, "megatron_deft")
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenise, "save_tokenizer", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare_set(out, [file], tiny_folder, RowSettings(bad_rows="drop"))
+    assert "parts are there from before" in caplog.text
+    with pytest.raises(UserError, match="line 31: not JSON"):  # its part is not taken for good
+        prepare_set(out, [file], tiny_folder)
+    manifest = prepare_set(out, [file], tiny_folder, RowSettings(bad_rows="drop"))
+    assert manifest["dropped"] == {"not JSON": {"count": 1, "places": [f"{file} line 31"]}}
+
+
 def test_the_work_is_one_process_s(
     tmp_path: Path, tiny_folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
