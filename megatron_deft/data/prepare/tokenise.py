@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_deft import __version__
-from megatron_deft.data.indexed import Block, token_dtype, write_set
+from megatron_deft.data.indexed import Block, open_set, token_dtype, write_set
 from megatron_deft.data.manifest import (
     MANIFEST,
     PLACES,
@@ -175,12 +175,16 @@ def _about(
 
 
 def _is_made_of(out: Path, about: dict[str, Any]) -> bool:
+    """Whether `out` is a whole set of just this; a damaged one is made again."""
     if not (out / MANIFEST).is_file():
         return False
-    there = read_manifest(out)
-    # as JSON has it: without tuples
-    now = json.loads(json.dumps(_decisive(about)))
-    return bool(_decisive({key: there.get(key) for key in about}) == now)
+    try:
+        there = open_set(out).manifest
+    except UserError:
+        return False
+    now = json.loads(json.dumps(about))  # as JSON has it: without tuples
+    same = _decisive({key: there[key] for key in about}) == _decisive(now)
+    return same and there["settings"]["bad_rows"] == now["settings"]["bad_rows"]
 
 
 def _decisive(about: dict[str, Any]) -> dict[str, Any]:

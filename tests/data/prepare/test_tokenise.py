@@ -1,15 +1,10 @@
-"""Files become sets: the same bytes whoever makes them, and everything left out is counted."""
+"""Files become sets: the same bytes whoever makes them, and what is left out is counted."""
 
 import json
-import logging
 import multiprocessing
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,45 +12,11 @@ import numpy as np
 import pytest
 
 from megatron_deft.cli import main
-from megatron_deft.data import jsonl
 from megatron_deft.data.indexed import open_set
-from megatron_deft.data.prepare import tokenise
 from megatron_deft.data.prepare.tokenise import RowSettings, prepare_set
 from megatron_deft.errors import UserError
 from tests.data.files import chat, contents, write
-
-TASK = 400  # bytes
-ROWS = [chat(f"what is {n} plus {n}?", f"{2 * n} " * (n % 5 + 1)) for n in range(120)]
-LONGEST = 45
-DROP = RowSettings(max_length=LONGEST, truncation="drop")
-SLOW = f"""
-import sys, time
-from megatron_deft.data import jsonl
-from megatron_deft.data.prepare import tokenise
-from megatron_deft.cli import main
-if __name__ == "__main__":
-    jsonl.TASK_BYTES = {TASK}
-    write = tokenise.write_part
-    def slowly(*arguments):
-        write(*arguments)
-        time.sleep(0.05)
-    tokenise.write_part = slowly  # the processes spawned run this file, but not this block
-    sys.exit(main(sys.argv[1:]))
-"""
-
-
-@pytest.fixture
-def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jsonl, "TASK_BYTES", TASK)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    return write(tmp_path / "a.jsonl", ROWS)
-
-
-def hidden(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+from tests.data.prepare.sets import DROP, LONGEST, ROWS, hidden
 
 
 def answers(out: Path, tokenizer: Any) -> list[str]:
@@ -96,166 +57,6 @@ def test_the_same_bytes_from_two_processes(
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     assert hidden(tmp_path) == []
     assert not multiprocessing.active_children()
-
-
-def start_slowly(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
-    """The command in a process group of its own, and a while from its end."""
-    script = tmp_path / "slow.py"
-    script.write_text(SLOW)
-    process = subprocess.Popen(
-        [sys.executable, str(script), "prepare", "chat", *words],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 120
-    while not (parts := list(tmp_path.glob(".set.parts-*/0*.npz"))) or len(parts) < 3:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return process
-
-
-def test_a_killed_run_goes_on_where_it_stopped(
-    tmp_path: Path,
-    tiny_folder: Path,
-    file: str,
-    small_tasks: None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    out = tmp_path / "set"
-    common = ["--tokenizer", str(tiny_folder), "--max-length", str(LONGEST), "--truncation", "drop"]
-    process = start_slowly(tmp_path, str(out), file, *common, "--workers", "1")
-    process.kill()
-    process.communicate()
-    assert not out.exists()
-    (work,) = tmp_path.glob(".set.parts-*")
-    there = sorted(path.name for path in work.glob("0*.npz"))
-    (work / there[1]).write_bytes(b"torn")
-    again: list[int] = []
-    write_part = tokenise.write_part
-    monkeypatch.setattr(
-        tokenise, "write_part", lambda f, n, p: (again.append(n), write_part(f, n, p))
-    )
-    caplog.set_level(logging.INFO, "megatron_deft")
-    prepare_set(out, [file], tiny_folder, DROP)
-    kept = {int(name.removesuffix(".npz")) for name in there} - {1}
-    assert set(again).isdisjoint(kept)
-    total = len(again) + len(kept)
-    assert f"{len(kept)} of {total} parts are there from before: going on" in caplog.text
-    prepare_set(tmp_path / "whole", [file], tiny_folder, DROP)
-    assert contents(out) == contents(tmp_path / "whole")
-    assert hidden(tmp_path) == []
-
-
-def test_an_interrupt_ends_all_processes(tmp_path: Path, tiny_folder: Path, file: str) -> None:
-    words = (str(tmp_path / "set"), file, "--tokenizer", str(tiny_folder), "--workers", "2")
-    process = start_slowly(tmp_path, *words)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    deadline = time.monotonic() + 30
-    while is_alive(process.pid):  # Python's own helper process ends a moment later
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def is_alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_other_settings_do_not_take_the_parts(
-    tmp_path: Path,
-    tiny_folder: Path,
-    file: str,
-    small_tasks: None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    write_part = tokenise.write_part
-
-    def fail_at_five(folder: Path, number: int, part: Any) -> None:
-        if number == 5:
-            raise KeyboardInterrupt
-        write_part(folder, number, part)
-
-    out = tmp_path / "set"
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "write_part", fail_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_set(out, [file], tiny_folder, DROP)
-    (left,) = hidden(tmp_path)
-    caplog.set_level(logging.INFO, "megatron_deft")
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "write_part", fail_at_five)
-        with pytest.raises(KeyboardInterrupt):
-            prepare_set(
-                out, [file], tiny_folder, RowSettings(max_length=LONGEST + 1, truncation="drop")
-            )
-    assert len(hidden(tmp_path)) == 2
-    assert f"{left} is the unfinished work of other settings" in caplog.text
-    assert "from before" not in caplog.text
-    prepare_set(out, [file], tiny_folder, DROP)
-    assert "5 of" in caplog.text
-    assert hidden(tmp_path) == []
-
-
-def test_after_a_bad_row_the_work_goes_on_without_it(
-    tmp_path: Path,
-    tiny_folder: Path,
-    small_tasks: None,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    out = tmp_path / "set"
-    file = write(tmp_path / "a.jsonl", [*ROWS[:30], "bad", *ROWS])
-    with pytest.raises(UserError, match="line 31: not JSON"):
-        prepare_set(out, [file], tiny_folder)
-    caplog.set_level(logging.INFO, "megatron_deft")
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenise, "save_tokenizer", lambda *_: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            prepare_set(out, [file], tiny_folder, RowSettings(bad_rows="drop"))
-    assert "parts are there from before" in caplog.text
-    with pytest.raises(UserError, match="line 31: not JSON"):  # its part is not taken for good
-        prepare_set(out, [file], tiny_folder)
-    manifest = prepare_set(out, [file], tiny_folder, RowSettings(bad_rows="drop"))
-    assert manifest["dropped"] == {"not JSON": {"count": 1, "places": [f"{file} line 31"]}}
-
-
-def test_the_work_is_one_process_s(
-    tmp_path: Path, tiny_folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def meanwhile(*_: Any) -> None:
-        with pytest.raises(UserError, match="another process is preparing"):
-            prepare_set(tmp_path / "set", [file], tiny_folder, DROP)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tokenise, "write_part", meanwhile)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_set(tmp_path / "set", [file], tiny_folder, DROP)
-
-
-def test_a_file_that_changes_meanwhile(
-    tmp_path: Path, tiny_folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run_jobs = tokenise.run_jobs
-
-    def then_append(*arguments: Any) -> Any:
-        yield from run_jobs(*arguments)
-        with open(file, "a") as handle:
-            handle.write(json.dumps(ROWS[0]) + "\n")
-
-    monkeypatch.setattr(tokenise, "run_jobs", then_append)
-    with pytest.raises(UserError, match=r"a\.jsonl has changed while it was read"):
-        prepare_set(tmp_path / "set", [file], tiny_folder, DROP)
-    assert not (tmp_path / "set").exists()
 
 
 def test_a_full_disk(
@@ -431,103 +232,6 @@ def test_the_command(
     assert main(["prepare", "pretrain", str(tmp_path / "p"), file, "--tokenizer",
                  str(tiny_folder), "--text-key", "a"]) == 0  # fmt: skip
     assert "9 samples (pretrain)" in capsys.readouterr().out
-
-
-BAD: list[tuple[str, Any, str, str]] = [
-    # its reason, the row, what the error says, the format
-    ("not JSON", '{"messages": [', "not JSON (Expecting value", "messages"),
-    ("not a JSON object", "[]", "expected a JSON object, got list", "messages"),
-    ("no column messages", {"x": 1}, "no messages, it has x", "messages"),
-    ("messages is null", {"messages": None}, "messages is null", "messages"),
-    ("messages: expected a list", {"messages": "x"}, "expected a list of messages", "messages"),
-    ("messages[N]", {"messages": [3]}, "messages[0]", "messages"),
-    ("messages[N]", {"messages": [{"role": "user"}]}, "messages[0]", "messages"),
-    ("messages", chat("q", "a", weight=float("nan")), "weight", "messages"),
-    ("messages", {"messages": ROWS[0]["messages"][::-1]}, "messages[0]", "messages"),
-    ("messages", {"messages": ROWS[0]["messages"][:1]}, "no assistant turn", "messages"),
-    ("the text has half", chat("q", "\ud800"), "half a character", "messages"),
-    ("p is null", {"p": None, "r": "x"}, "p is null", "columns"),
-    ("r is null", {"p": "x", "r": None}, "r is null", "columns"),
-    ("p: expected text, got int", {"p": 3, "r": "x"}, "p: expected text, got int", "columns"),
-    ("t is null", {"t": None}, "t is null", "text"),
-    ("t is empty", {"t": ""}, "t is empty", "text"),
-    ("t has half", {"t": "\ud800"}, "t has half a character", "text"),
-]
-GOOD = {"messages": ROWS[0], "columns": {"p": "one", "r": "two"}, "text": {"t": "three"}}
-
-
-@pytest.mark.parametrize(("reason", "row", "message", "form"), BAD)
-def test_bad_rows(
-    tmp_path: Path, tiny_folder: Path, reason: str, row: Any, message: str, form: str
-) -> None:
-    file = write(tmp_path / "a.jsonl", [GOOD[form], "", row, GOOD[form]])
-    keys: dict[str, Any] = {
-        "prompt_key": "p", "response_key": "r", "text_key": "t", "prompt_dict_keys": (),
-        "response_dict_keys": (), "format": form,
-    }  # fmt: skip
-    with pytest.raises(UserError, match=re.escape(message)) as error:
-        prepare_set(tmp_path / "error", [file], tiny_folder, RowSettings(**keys))
-    assert str(error.value).startswith(f"{file} line 3: ")
-    assert "data.bad_rows (--bad-rows) drop" in str(error.value)
-    assert "\n" not in str(error.value)
-    manifest = prepare_set(
-        tmp_path / "drop", [file], tiny_folder, RowSettings(**keys, bad_rows="drop")
-    )
-    assert manifest["samples"] == 2
-    ((why, what),) = manifest["dropped"].items()
-    assert why.startswith(reason)
-    assert what == {"count": 1, "places": [f"{file} line 3"]}
-
-
-def test_many_reasons_are_counted_together(
-    tmp_path: Path, tiny_folder: Path, small_tasks: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokenise, "_REASONS", 3)
-    rows = [
-        ROWS[0],
-        *({f"k{'x' * n}": n} for n in range(9)),
-        "x",
-        {"messages": None},
-        {"messages": 3},
-    ]
-    file = write(tmp_path / "a.jsonl", rows)
-    manifest = prepare_set(tmp_path / "set", [file], tiny_folder, RowSettings(bad_rows="drop"))
-    assert {why: what["count"] for why, what in manifest["dropped"].items()} == {
-        "no column messages": 9, "not JSON": 1, "messages is null": 1, "other reasons": 1,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("a.jsonl", "", "a.jsonl: the file has no rows"),
-        ("a.jsonl", "\n\n", "a.jsonl: the file has no rows"),
-        ("a.json", "[]", "a.json: the file has no rows"),
-        ("a.json", "[1", "a.json: not a JSON array"),
-        ("a.jsonl", "x\n", "a.jsonl line 1: not JSON"),
-        ("a.jsonl", '{"x": 1}\n', "no format fits, it has x"),
-        ("a.parquet", "", "a.parquet: not a whole parquet file"),
-    ],
-)
-@pytest.mark.parametrize("policy", ["error", "drop"])
-def test_files_without_a_usable_row(
-    tmp_path: Path, tiny_folder: Path, name: str, text: str, message: str, policy: str
-) -> None:
-    (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=re.escape(message)):
-        prepare_set(
-            tmp_path / "set", [str(tmp_path / name)], tiny_folder, RowSettings(bad_rows=policy)
-        )
-
-
-def test_the_first_bad_row_is_told_whichever_process_was_faster(
-    tmp_path: Path, tiny_folder: Path, small_tasks: None
-) -> None:
-    rows: list[Any] = [*ROWS[:30], "bad", *ROWS, "bad"]
-    file = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(UserError, match="line 31: not JSON"):
-        prepare_set(tmp_path / "set", [file], tiny_folder, workers=2)
-    assert not multiprocessing.active_children()
 
 
 def test_more_workers_than_work_and_none(tmp_path: Path, tiny_folder: Path, file: str) -> None:
