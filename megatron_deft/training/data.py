@@ -138,6 +138,7 @@ def _tokenise(
 
     def make() -> str:
         workers = data.prepare_workers or available_cores()
+        print(f"{name}: {', '.join(files)} as tokens in {out}", flush=True)
         prepare_set(out, files, folder, settings, workers=workers, reuse=True)
         return str(out)
 
