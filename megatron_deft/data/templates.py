@@ -98,8 +98,8 @@ _LLAMA3 = """\
 {%- set close = '<|end_header_id|>\\n\\n' %}
 {{- bos_token }}
 {%- if tools %}
-    {{- open + 'system' + close + 'Environment: ipython\\nCutting Knowledge Date: December 2023\\n' }}
-    {{- 'Today Date: 26 Jul 2024\\n\\n' }}
+    {{- open + 'system' + close + 'Environment: ipython\\n' }}
+    {{- 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' }}
     {%- if turns[0]['role'] == 'system' %}
         {{- turns[0]['content'] | trim }}
         {%- set turns = turns[1:] %}
@@ -108,8 +108,8 @@ _LLAMA3 = """\
     {%- if not turns or turns[0]['role'] != 'user' %}
         {{- raise_exception('llama3 puts the tools into the first user message: there is none') }}
     {%- endif %}
-    {{- open + 'user' + close + 'Given the following functions, please respond with a JSON for a ' }}
-    {{- 'function call with its proper arguments that best answers the given prompt.\\n\\n' }}
+    {{- open + 'user' + close + 'Given the following functions, please respond with a JSON ' }}
+    {{- 'for a function call with its proper arguments that best answers the given prompt.\\n\\n' }}
     {{- 'Respond in the format {"name": function name, "parameters": dictionary of argument ' }}
     {{- 'name and its value}.Do not use variables.\\n\\n' }}
     {%- for tool in tools %}{{ tool | tojson(indent=4) + '\\n\\n' }}{% endfor %}
