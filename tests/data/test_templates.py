@@ -262,12 +262,27 @@ def test_the_date_is_always_the_same(tokenizer: Any, head: str) -> None:
     assert text == "26 Jul 2024\n" + OFFICIAL["chatml"]
 
 
+# Keys that are there, are not, have a method's name, or are none of a template's business.
+READS_KEYS = (
+    "{% set m = messages[0] %}{{ m.role + m['role'] + m['items'] + m.get('content') }}"
+    "{{ m.none is defined }}{{ m['none'] is defined }}{{ m.items is string }}{{ m[0] }}"
+    "{{ m.__class__ is defined }}{{ m.role.upper() }}{{ m.items() | length }}"
+)
+
+
 @pytest.mark.parametrize(
     "template",
-    [*(named.text for named in TEMPLATES.values()), "{% generation %}x{% endgeneration %}"],
+    [
+        *(named.text for named in TEMPLATES.values()),
+        "{% generation %}x{% endgeneration %}",
+        READS_KEYS,
+        "{{ messages[0].none.none }}",
+        "{{ messages[0].role.__class__.__mro__ }}",
+        "{{ messages[0].update({}) }}",
+    ],
 )
 @pytest.mark.parametrize("tools", [None, [TOOL]])
-@pytest.mark.parametrize("messages", [TURNS, ASKED[:1], [SYSTEM, *TURNS]])
+@pytest.mark.parametrize("messages", [TURNS, ASKED[:1], [{**SYSTEM, "items": "i"}, *TURNS]])
 def test_it_is_what_apply_chat_template_gives(
     tokenizer: Any, template: str, tools: Any, messages: Any
 ) -> None:
