@@ -11,6 +11,7 @@ from megatron_deft.data.task import Items, RowError, Task
 from megatron_deft.errors import UserError
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands ("FILE row 7"), and its columns
+Found = tuple[str, Mapping[str, Any] | RowError]  # the same, or why it cannot be used
 Source = type[Lines] | type[Array] | type[Parquet]
 _ENDINGS = (".parquet", ".jsonl", ".json")
 _PACKED = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
@@ -51,7 +52,7 @@ def detect_format(cfg: Columns, files: Sequence[str]) -> str:
     }
     if cfg.format == "text":
         wanted, keys = {"text": {getattr(cfg, "text_key", "text")}}, {"text": option("text_key")}
-    present = {file: _source(file).columns(Path(file)) for file in files}
+    present = {file: columns_of_file(file) for file in files}
     form = _guess(cfg, files[0], present[files[0]], wanted) if cfg.format == "auto" else cfg.format
     for file, columns in present.items():
         missing = sorted(wanted[form] - set(columns))
@@ -137,17 +138,38 @@ def read_rows(files: Iterable[str], columns: Iterable[str]) -> Iterator[Row]:
 
     Errors: UserError for the first row that cannot be read or lacks a column, naming its place.
     """
-    needed = list(columns)
+    for where, item in find_rows(files, columns):
+        if isinstance(item, RowError):
+            raise UserError(f"{where}: {item}") from item
+        yield where, item
+
+
+def find_rows(
+    files: Iterable[str], columns: Iterable[str], optional: Iterable[str] = ()
+) -> Iterator[Found]:
+    """Every row of `files` in order, a RowError for one that cannot be read or lacks a column.
+
+    `optional`: further columns, which a row may lack.
+    """
+    needed, more = list(columns), list(optional)
     for file in files:
         source, index = _source(file), -1
         for item in (
-            item for task in source.cut(Path(file), needed) for item in read_task(task, needed)
+            item
+            for task in source.cut(Path(file), needed)
+            for item in read_task(task, needed, more)
         ):
             index += 1
-            if isinstance(item, RowError):
-                raise UserError(f"{_place(source, file, index)}: {item}") from item
             if item is not None:
                 yield _place(source, file, index), item
+
+
+def columns_of_file(file: str) -> list[str]:
+    """The columns of a file, those of the first 100 rows of JSON.
+
+    Errors: UserError for a file that is missing, damaged or without a row that can be read.
+    """
+    return _source(file).columns(Path(file))
 
 
 def _source(file: str) -> Source:

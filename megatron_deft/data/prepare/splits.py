@@ -18,7 +18,8 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_deft.data.prepare.sources import Source
-from megatron_deft.data.rows import Row
+from megatron_deft.data.rows import Found
+from megatron_deft.data.task import RowError
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
 
@@ -77,6 +78,7 @@ class _Tally:
         }
 
 
+Columns = tuple[Sequence[str], Sequence[str]]  # that a row must have, and may have
 Make = Callable[[int, Mapping[str, Any]], dict[str, Any]]  # number in the source, row -> row
 
 
@@ -124,7 +126,9 @@ def optional_text(row: Mapping[str, Any], key: str) -> str | None:
 
 def given_columns(source: Source, known: Sequence[str]) -> list[str]:
     """The texts that extra_info of the first row of `source` has beside those `known`."""
-    extra = next(source.rows(["extra_info"]))[1]["extra_info"]
+    rows = (row for _, row in source.rows(["extra_info"], ()) if not isinstance(row, RowError))
+    first = next(rows, None)
+    extra = None if first is None else first["extra_info"]
     names = extra if isinstance(extra, Mapping) else ()
     return [name for name in names if name not in known and isinstance(extra[name], str)
             and name not in _COUNTED]  # fmt: skip
@@ -148,7 +152,7 @@ def keep_given(
 
 def write_splits(
     out: str | Path,
-    open_rows: Callable[[], tuple[Source, Sequence[str], pa.Schema, Make]],
+    open_rows: Callable[[], tuple[Source, Columns, pa.Schema, Make]],
     choice: Choice,
     name: str,
     more: Mapping[str, Any],
@@ -158,8 +162,9 @@ def write_splits(
     Memory is bounded by one group of rows, whatever the size of the source.
 
     Args:
-        open_rows: opens the source; gives the columns to read, the schema of the result, and the
-            function that makes a row of it, which may raise DropRow or UserError.
+        open_rows: opens the source; gives the columns to read (those that each row must have, and
+            those it may have), the schema of the result, and the function that makes a row of it,
+            which may raise DropRow or UserError.
         name: of the data set, for info.json and the progress bar.
         more: what else info.json holds.
 
@@ -184,6 +189,8 @@ def write_splits(
             for index, in_val, (where, raw) in _chosen(source, columns, choice):
                 bar.update()
                 try:
+                    if isinstance(raw, RowError):
+                        raise raw
                     row = make(index, raw)
                 except DropRow as reason:
                     tally.add(str(reason), where)
@@ -232,17 +239,17 @@ def _check(choice: Choice) -> None:
 
 
 def _chosen(
-    source: Source, columns: Sequence[str], choice: Choice
-) -> Iterator[tuple[int, bool | None, Row]]:
+    source: Source, columns: Columns, choice: Choice
+) -> Iterator[tuple[int, bool | None, Found]]:
     """Number, whether it is for val (None: if val is not full yet), and the row itself."""
     if choice.seed is None:
-        for index, row in enumerate(islice(source.rows(columns), choice.limit)):
+        for index, row in enumerate(islice(source.rows(*columns), choice.limit)):
             yield index, None, row
         return
     drawn = np.random.default_rng(choice.seed).permutation(source.total)[: choice.limit]
     wanted, for_val = np.zeros((2, source.total), bool)
     wanted[drawn], for_val[drawn[: choice.val_size]] = True, True
-    for index, row in enumerate(source.rows(columns)):
+    for index, row in enumerate(source.rows(*columns)):
         if wanted[index]:
             yield index, bool(for_val[index]), row
 
