@@ -74,3 +74,26 @@ def test_longer_samples_are_cut(root: Path, tmp_path: Path) -> None:
         assert prompt == same
         assert longer.startswith(response)
         assert len(response) < len(longer)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("math", ["--max-length", "0"], "max_length=0"),
+        ("math", ["--template", "nonsense"], "chat template nonsense"),
+        ("medical", ["--workers", "0"], "--workers 0"),
+        ("medical", ["--tokenizer", "."], "no tokenizer that transformers can read"),
+    ],
+)
+def test_what_cannot_be_tokenised_is_told_before_anything_is_written(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    options: list[str],
+    message: str,
+) -> None:
+    command = ["prepare", data, str(tmp_path / "out"), "--source", str(root / f"{data}.jsonl")]
+    assert main([*command, "--tokenizer", str(root / "hf"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
