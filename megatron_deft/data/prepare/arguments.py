@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_deft.data.manifest import MANIFEST
 from megatron_deft.data.prepare.released import M23K_PROCESSED, MATH, MEDICAL, NUMINA_SUBSET
 from megatron_deft.errors import UserError
 
@@ -165,7 +166,14 @@ def _choice(args: argparse.Namespace) -> Any:
         seed=args.seed,
         bad_rows=args.bad_rows,
         overwrite=args.overwrite,
+        reuse=not args.overwrite and _is_unfinished(args),
     )
+
+
+def _is_unfinished(args: argparse.Namespace) -> bool:
+    """Whether OUT has rows that this command, killed before, did not tokenise to the end."""
+    files = list(Path(args.out).glob("*.parquet")) if args.tokenizer else []
+    return not all((file.with_suffix("") / MANIFEST).is_file() for file in files)
 
 
 def _report(out: str, info: dict[str, Any]) -> None:
@@ -206,5 +214,7 @@ def _tokenise(args: argparse.Namespace, settings: RowSettings) -> None:
         file = Path(args.out) / f"{split}.parquet"
         if file.exists():
             out = file.with_suffix("")
-            made = prepare_set(out, [str(file)], args.tokenizer, settings, workers=args.workers)
+            made = prepare_set(
+                out, [str(file)], args.tokenizer, settings, workers=args.workers, reuse=True
+            )
             print("\n".join(describe(out, made)))

@@ -107,7 +107,8 @@ def prepare_math(
         return source, columns, schema([*extra, *others]), make
 
     more = {"prompt_types": list(prompt_types), "left_out": left_out}
-    return write_splits(out, open_rows, choice, "math", more)
+    asked = {"prompt_types": list(prompt_types), "boxed_only": boxed_only}
+    return write_splits(out, open_rows, choice, "math", more, asked)
 
 
 def _guess(source: Source) -> str:

@@ -93,7 +93,7 @@ def prepare_medical(
 
         return source, (_LAYOUTS[layout], also), schema([*_EXTRA, *others], ["answer_letter"]), make
 
-    return write_splits(out, open_rows, choice, "medical", {"left_out": left_out})
+    return write_splits(out, open_rows, choice, "medical", {"left_out": left_out}, {})
 
 
 def _row(row: Mapping[str, Any], names: Mapping[str, str], label: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from megatron_deft.files import atomic_folder
 VAL_SIZE = 128
 _ROWS_AT_ONCE = 2000  # of one row group
 _COUNTED = ("split", "index")  # of extra_info, told anew
+_INFO = "info.json"
+_DECISIVE = ("limit", "val_size", "hold_out", "seed", "bad_rows")  # of a Choice
 _PLACES = 5  # of what was dropped, named in info.json
 
 _TEXT = pa.string()
@@ -44,6 +46,7 @@ class Choice:
             They stand in the source's order either way: training shuffles.
         bad_rows: "error" or "drop" (counted).
         overwrite: replace the folder.
+        reuse: leave the folder as it is where the same choice of the same sources made it.
         progress: show a bar on a terminal.
     """
 
@@ -53,6 +56,7 @@ class Choice:
     seed: int | None = None
     bad_rows: str = "error"
     overwrite: bool = False
+    reuse: bool = False
     progress: bool = True
 
 
@@ -156,6 +160,7 @@ def write_splits(
     choice: Choice,
     name: str,
     more: Mapping[str, Any],
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the folder `out` (train.parquet, val.parquet, info.json); return what info.json holds.
 
@@ -167,12 +172,16 @@ def write_splits(
             which may raise DropRow or UserError.
         name: of the data set, for info.json and the progress bar.
         more: what else info.json holds.
+        asked: what else decides about the rows.
 
     Errors: UserError when an option is out of range, `out` exists, a row is bad (its file and
     number) and bad rows are errors, or no row is left; what `open_rows` raises.
     """
     _check(choice)
     tally, empty = _Tally(), _Tally()
+    there = _read_info(Path(out)) if choice.reuse else None
+    if there and there.get("asked") == _asked(open_rows()[0], choice, name, asked):
+        return there
     with atomic_folder(out, choice.overwrite) as folder:
         source, columns, form, make = open_rows()
         size = min(source.total, choice.limit or source.total)
@@ -224,9 +233,24 @@ def write_splits(
             "limit": choice.limit,
             "seed": choice.seed,
             **more,
+            "asked": _asked(source, choice, name, asked),
         }
-        (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return info
+
+
+def _read_info(out: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((out / _INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _asked(source: Source, choice: Choice, name: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about the rows, as JSON has it."""
+    chosen = {field: getattr(choice, field) for field in _DECISIVE}
+    return {"data_set": name, "sources": source.origin, **chosen, **more}
 
 
 def _check(choice: Choice) -> None:

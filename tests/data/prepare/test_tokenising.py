@@ -97,3 +97,24 @@ def test_what_cannot_be_tokenised_is_told_before_anything_is_written(
     assert main([*command, "--tokenizer", str(root / "hf"), *options]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_command_goes_on_with_what_was_not_tokenised(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    written = ["prepare", "math", str(out), "--source", str(root / "math.jsonl")]
+    command = [*written, "--tokenizer", str(root / "hf")]
+    assert main(command) == 0
+    assert main(command) == 2, "all is there"
+    assert f"{out} exists already" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in (out / "train.parquet", out / "train")}
+    shutil.rmtree(out / "val")
+    assert main([*command, "--limit", "1"]) == 2, "of other rows"
+    assert main([*command, "--boxed-only"]) == 2, "of other rows"
+    assert main(written) == 2, "nothing is left to do"
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (out / "val" / "manifest.json").is_file()
