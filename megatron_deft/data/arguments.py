@@ -117,11 +117,18 @@ def _settings(args: argparse.Namespace) -> RowSettings:
             chosen |= {f"{name}_key": column, f"{name}_dict_keys": ()}
         if keys is not None:
             chosen[f"{name}_dict_keys"] = tuple(key for key in keys.split(",") if key)
+    form = args.format
+    if chosen:  # only the format columns has those
+        if form not in ("auto", "columns"):
+            raise UserError(
+                f"--prompt-key, --response-key and their keys are for --format columns, not {form}"
+            )
+        form = "columns"
     same = (
-        "format", "template", "messages_key", "tools_key", "use_original_prompt", "max_length",
+        "template", "messages_key", "tools_key", "use_original_prompt", "max_length",
         "truncation", "bad_rows", "limit",
     )  # fmt: skip
-    return RowSettings(**chosen, **{name: getattr(args, name) for name in same})
+    return RowSettings(format=form, **chosen, **{name: getattr(args, name) for name in same})
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from megatron_deft.errors import UserError
 Row = tuple[str, Mapping[str, Any]]  # where it stands ("FILE row 7"), and its columns
 Found = tuple[str, Mapping[str, Any] | RowError]  # the same, or why it cannot be used
 Source = type[Lines] | type[Array] | type[Parquet]
+_TOOLS = "tools"  # the column's usual name; it may be absent
 _ENDINGS = (".parquet", ".jsonl", ".json")
 _PACKED = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
 
@@ -42,7 +43,8 @@ def detect_format(cfg: Columns, files: Sequence[str]) -> str:
 
     "auto" never means "text". A JSON file's columns are those of its first 100 rows.
 
-    Errors: UserError when a file is missing, empty or lacks a column (naming those it has), and for
+    Errors: UserError when a file is missing, empty or lacks a column (naming those it has), when no
+    file has a column of tools that was named, for an original prompt of conversations, and for
     "auto" when both formats fit, since a guess could train on another prompt than the one meant.
     """
     wanted = {"columns": {cfg.prompt_key, cfg.response_key}, "messages": {cfg.messages_key}}
@@ -62,7 +64,25 @@ def detect_format(cfg: Columns, files: Sequence[str]) -> str:
                 f"{file}: no column {', '.join(missing)}, it has {', '.join(columns)}: set "
                 f"{keys[form]}{other}"
             )
+    if form == "messages":
+        _check_messages(cfg, present)
     return form
+
+
+def _check_messages(cfg: Columns, present: Mapping[str, Sequence[str]]) -> None:
+    """Whether every setting is one that conversations have a use for."""
+    if cfg.use_original_prompt:
+        raise UserError(
+            f"{option('use_original_prompt')} is for format columns: a conversation goes through "
+            f"the chat template: leave it out, or set {option('format')}"
+        )
+    tools = getattr(cfg, "tools_key", _TOOLS)
+    if tools != _TOOLS and not any(tools in columns for columns in present.values()):
+        has = ", ".join(dict.fromkeys(column for columns in present.values() for column in columns))
+        raise UserError(
+            f"{', '.join(present)}: no column {tools}, there are {has}: set {option('tools_key')}, "
+            "or leave it out where there are no tools"
+        )
 
 
 def _guess(cfg: Columns, file: str, present: Sequence[str], wanted: Mapping[str, set[str]]) -> str:
@@ -74,7 +94,7 @@ def _guess(cfg: Columns, file: str, present: Sequence[str], wanted: Mapping[str,
         raise UserError(
             f"{file}: {problem}, it has {', '.join(present)}: set {option('format')} to columns "
             f"(reads {', '.join(sorted(wanted['columns']))}) or messages (reads "
-            f"{cfg.messages_key}), or the key{'s' if fits else ''} that name yours: "
+            f"{cfg.messages_key}), or the keys that name yours: "
             f"{option('prompt_key')}, {option('response_key')}, {option('messages_key')}"
         )
     return fits[0]
