@@ -328,7 +328,7 @@ def _read(template: str) -> str:
             "or the path of a jinja file"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a mark at its start is no text
         _compile(text)
     except TemplateSyntaxError as error:
         raise UserError(f"{path} line {error.lineno}: {_line(error)}") from error
