@@ -220,8 +220,8 @@ PREPARE = {
         "are trained. Interrupted, the same command goes on where it stopped. The result is the "
         "same whatever the number of workers.",
         "data/chat train.jsonl --tokenizer Qwen2.5-1.5B --max-length 2048 --truncation drop\n"
-        "  megatron-deft prepare chat data/math math/*.parquet --tokenizer Llama-3.1-8B "
-        "--template llama3",
+        "  megatron-deft prepare chat data/math math/train.parquet --format columns "
+        "--tokenizer Llama-3.1-8B --template llama3",
     ),
     "pretrain": Command(
         add_pretrain_arguments,

@@ -14,6 +14,7 @@ with the day they are made on, so the date is always 26 July 2024, which those o
 have as their own default. Another one is had by writing it into a template file.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -24,6 +25,7 @@ from megatron_deft.errors import UserError
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether to open a turn
 
+_MARK = re.compile(r"<[|\uff5c][^<>]+[|\uff5c]>")  # DeepSeek writes the wide bar
 _DATE = datetime(2024, 7, 26)
 
 
@@ -310,6 +312,20 @@ def _check_marks(tokenizer: Any, template: str, named: _Named) -> None:
             f"no single token of tokenizer {name_of(tokenizer)}: take a template whose marks it "
             f"has ({', '.join(fits) or 'none of the named ones'}, or a file), or add the tokens to "
             "the tokenizer and the model"
+        )
+
+
+def check_marks(tokenizer: Any, prompt: str) -> None:
+    """Whether what looks like a special token in a prompt that is written out is one.
+
+    Errors: UserError when it is not: its letters would be trained on.
+    """
+    marks = dict.fromkeys(_MARK.findall(prompt))
+    split = [mark for mark in marks if not _is_token(tokenizer, mark)]
+    if split:
+        raise UserError(
+            f"{', '.join(split)} of the prompt {'is' if len(split) == 1 else 'are'} no single "
+            f"token of tokenizer {name_of(tokenizer)}: take the --prompt-type of its family"
         )
 
 

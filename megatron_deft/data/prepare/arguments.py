@@ -89,9 +89,9 @@ def run_math(args: argparse.Namespace) -> int:
     """Write the math data set; returns 0."""
     from megatron_deft.data.prepare.math import prepare_math
 
-    column = MATH[args.prompt_type[0]][0] if args.prompt_type else None
+    column, write = MATH[args.prompt_type[0]] if args.prompt_type else (None, None)
     settings = _settings(args, column, "question", "answer")
-    _check_tokenising(args, settings)
+    _check_tokenising(args, settings, write("") if write else None)
     info = prepare_math(
         args.out, args.source, args.prompt_type, args.boxed_only, choice=_choice(args)
     )
@@ -116,7 +116,7 @@ def run_medical(args: argparse.Namespace) -> int:
         "question_instruction",
         f"{family}_{response}" if family else "answer_raw",
     )
-    _check_tokenising(args, settings)
+    _check_tokenising(args, settings, MEDICAL[family][0]("") if family else None)
     info = prepare_medical(args.out, args.source, choice=_choice(args))
     _report(args.out, info)
     _tokenise(args, settings)
@@ -142,8 +142,11 @@ def run_figfont(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_tokenising(args: argparse.Namespace, settings: RowSettings) -> None:
-    """Whether tokenising will go, before the rows are written, which takes minutes."""
+def _check_tokenising(args: argparse.Namespace, settings: RowSettings, prompt: str | None) -> None:
+    """Whether tokenising will go, before the rows are written, which takes minutes.
+
+    `prompt`: one that is written out, whose special tokens the tokenizer must have.
+    """
     if args.tokenizer is None:
         if args.template is not None:
             raise UserError("--template goes with --tokenizer, which is missing")
@@ -151,9 +154,13 @@ def _check_tokenising(args: argparse.Namespace, settings: RowSettings) -> None:
     if args.workers < 1:
         raise UserError(f"--workers {args.workers}: at least 1 is needed")
     from megatron_deft.data.prepare.samples import Tokeniser
+    from megatron_deft.data.templates import check_marks
     from megatron_deft.data.tokenizer import load_tokenizer
 
-    Tokeniser(load_tokenizer(args.tokenizer, settings.template), settings, settings.format)
+    tokenizer = load_tokenizer(args.tokenizer, settings.template)
+    Tokeniser(tokenizer, settings, settings.format)
+    if prompt is not None:
+        check_marks(tokenizer, prompt)
 
 
 def _choice(args: argparse.Namespace) -> Any:

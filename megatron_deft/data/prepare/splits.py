@@ -133,9 +133,9 @@ def given_columns(source: Source, known: Sequence[str]) -> list[str]:
     rows = (row for _, row in source.rows(["extra_info"], ()) if not isinstance(row, RowError))
     first = next(rows, None)
     extra = None if first is None else first["extra_info"]
-    names = extra if isinstance(extra, Mapping) else ()
-    return [name for name in names if name not in known and isinstance(extra[name], str)
-            and name not in _COUNTED]  # fmt: skip
+    given = extra if isinstance(extra, Mapping) else {}
+    return [name for name, value in given.items() if isinstance(value, str)
+            and name not in known and name not in _COUNTED]  # fmt: skip
 
 
 def keep_given(
