@@ -117,11 +117,18 @@ def _settings(args: argparse.Namespace) -> RowSettings:
             chosen |= {f"{name}_key": column, f"{name}_dict_keys": ()}
         if keys is not None:
             chosen[f"{name}_dict_keys"] = tuple(key for key in keys.split(",") if key)
+    form = args.format
+    if chosen:  # only the format columns has those
+        if form not in ("auto", "columns"):
+            raise UserError(
+                f"--prompt-key, --response-key and their keys are for --format columns, not {form}"
+            )
+        form = "columns"
     same = (
-        "format", "template", "messages_key", "tools_key", "use_original_prompt", "max_length",
+        "template", "messages_key", "tools_key", "use_original_prompt", "max_length",
         "truncation", "bad_rows", "limit",
     )  # fmt: skip
-    return RowSettings(**chosen, **{name: getattr(args, name) for name in same})
+    return RowSettings(format=form, **chosen, **{name: getattr(args, name) for name in same})
 
 
 def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,8 +140,8 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, metavar="N", help="show samples of a set drawn at random")
     add("--checksums", action="store_true", help="read all files of a set, compare checksums")
     add("--json", action="store_true", help="print one JSON object")
+    add("--tokenizer", metavar="HF", help="a Hugging Face folder; a set must be made with it")
     group = parser.add_argument_group("for a file that is not prepared")
-    group.add_argument("--tokenizer", metavar="HF", help="a Hugging Face folder with a tokenizer")
     group.add_argument("--text-key", default="text", metavar="NAME", help="of format text [text]")
     _add_row_arguments(group, ("auto", "columns", "messages", "text"))
 
@@ -145,22 +152,45 @@ def run_inspect(args: argparse.Namespace) -> int:
     from pathlib import Path
 
     from megatron_deft.data.inspect import inspect_file, inspect_set
+    from megatron_deft.data.tokenizer import load_tokenizer
 
     if args.n < 0:
         raise UserError(f"--n {args.n}: at least 0 is needed")
+    if not Path(args.path).exists():
+        raise UserError(
+            f"{args.path}: no such file or folder: name a set that `megatron-deft prepare` wrote, "
+            f"or one of {FILES}"
+        )
     color = sys.stdout.isatty() and not args.json
     if Path(args.path).is_file():
         if args.tokenizer is None:
             raise UserError(
                 f"{args.path} is a file: add --tokenizer HF to see how it would be tokenised"
             )
-        args.limit = args.n or 1
+        unused = _given(args, ("index", "seed", "checksums"))
+        if unused:
+            raise UserError(f"{', '.join(unused)}: for prepared sets; {args.path} is a file")
+        args.limit = max(args.n, 1)
         settings = replace(_settings(args), text_key=args.text_key)
-        found = inspect_file(args.path, args.tokenizer, settings, color)
+        found = inspect_file(args.path, args.tokenizer, settings, color, show=args.n)
     else:
-        found = inspect_set(args.path, _chosen(args), args.seed, args.n, args.checksums, color)
+        names = ("format", "max_length", "use_original_prompt")
+        unused = _given(args, (*names, *(["template"] if args.tokenizer is None else [])))
+        if unused:
+            raise UserError(f"{', '.join(unused)}: for files; {args.path} is prepared already")
+        tokenizer = args.tokenizer and load_tokenizer(args.tokenizer, args.template)
+        found = inspect_set(
+            args.path, _chosen(args), args.seed, args.n, args.checksums, color, tokenizer
+        )
     print(json.dumps(found.to_json(), indent=2, ensure_ascii=False) if args.json else found.text())
     return 1 if found.damaged else 0
+
+
+def _given(args: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Those of the options that were given; each is None, false or "auto" where it was not."""
+    values = {name: getattr(args, name) for name in names}
+    given = [n for n, v in values.items() if v is not None and v is not False and v != "auto"]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def _chosen(args: argparse.Namespace) -> list[int] | None:
@@ -190,8 +220,8 @@ PREPARE = {
         "are trained. Interrupted, the same command goes on where it stopped. The result is the "
         "same whatever the number of workers.",
         "data/chat train.jsonl --tokenizer Qwen2.5-1.5B --max-length 2048 --truncation drop\n"
-        "  megatron-deft prepare chat data/math math/*.parquet --tokenizer Llama-3.1-8B "
-        "--template llama3",
+        "  megatron-deft prepare chat data/math math/train.parquet --format columns "
+        "--tokenizer Llama-3.1-8B --template llama3",
     ),
     "pretrain": Command(
         add_pretrain_arguments,

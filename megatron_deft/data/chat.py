@@ -16,6 +16,7 @@ from megatron_deft.data.samples import IGNORE, Rendered
 from megatron_deft.data.templates import name_of, renderer
 from megatron_deft.errors import UserError
 
+_INSTRUCTS = ("system", "developer")  # roles whose messages a template may not leave out
 _MARKS = {  # (color, trained) -> what stands before and after the text
     (False, False): ("", ""),
     (False, True): ("⟦", "⟧"),
@@ -66,9 +67,9 @@ def render_messages(
     template that writes the date writes a fixed one (see `templates`).
 
     Errors: UserError when a message is malformed or out of order, no turn is trained, there is no
-    template, the template refuses the conversation or leaves tools or calls out, or the text up to
-    a trained turn is not the beginning of the whole text (templates that drop history or thinking),
-    so that no mask would be exact.
+    template, the template refuses the conversation or leaves out tools, calls, a system message or
+    what a trained turn says or thinks, or the text up to a trained turn is not the beginning of the
+    whole text (templates that drop history or thinking), so that no mask would be exact.
     """
     conversation = read_conversation(messages)
     schemas = read_tools(tools)
@@ -88,9 +89,14 @@ def render_messages(
     for turn in turns:
         before = render(clean[:turn], True)
         through = whole if turn == len(clean) - 1 else render(clean[: turn + 1], False)
-        if not (
-            whole.startswith(through) and through.startswith(before) and position <= len(before)
-        ):
+        if not through.startswith(before) and whole.startswith(through):
+            raise UserError(
+                f"chat template of {name_of(tokenizer)}: messages[{turn}] (assistant) does not "
+                "begin as the generation prompt does (a prompt that opens a thought which the "
+                "turn lacks?), so its mask cannot be exact: give the turn its thinking, or give "
+                "the tokenizer another template"
+            )
+        if not (whole.startswith(through) and position <= len(before)):
             raise UserError(
                 f"chat template of {name_of(tokenizer)}: the text up to messages[{turn}] "
                 "(assistant) is not the beginning of the whole conversation (a template that drops "
@@ -104,6 +110,7 @@ def render_messages(
                 f"chat template of {name_of(tokenizer)} writes nothing for messages[{turn}] "
                 "(assistant): set `train: false` on it, or take another template"
             )
+        _check_turn_is_whole(tokenizer, clean[turn], turn, whole, (position, len(before), end))
         pieces += [whole[position : len(before)], whole[len(before) : end]]
         weights += [0.0, conversation.weights[turn]]
         position = end
@@ -137,7 +144,7 @@ def render_sample(tokenizer: Any, tokens: Any, labels: Any, color: bool) -> str:
 def _check_nothing_is_left_out(
     tokenizer: Any, conversation: Conversation, tools: Any, whole: str
 ) -> None:
-    """Whether the template wrote the tools and the calls; many simply do not look at them."""
+    """Whether the template wrote the tools, calls and system messages; many do not look at them."""
     if tools is not None and whole == _text_without_tools(tokenizer, conversation):
         raise UserError(
             f"chat template of {name_of(tokenizer)} does not write tools: take a template that "
@@ -150,6 +157,39 @@ def _check_nothing_is_left_out(
                     f"chat template of {name_of(tokenizer)} does not write the tool_calls of "
                     f"messages[{index}]: take a template that does (qwen, llama3, or a file)"
                 )
+        if message["role"] in _INSTRUCTS and not _holds(whole, message["content"]):
+            raise UserError(
+                f"chat template of {name_of(tokenizer)} does not write messages[{index}] "
+                f"({message['role']}): take a template that does, or leave the message out"
+            )
+
+
+def _check_turn_is_whole(
+    tokenizer: Any, message: Mapping[str, Any], index: int, whole: str, places: tuple[int, int, int]
+) -> None:
+    """Whether a trained turn says all that its message does.
+
+    `places`: the ends of the trained turn before, of this one's generation prompt, and of it.
+    Several templates leave thoughts out, cut what stands before </think> off the content, or drop
+    content that stands beside a call. A generation prompt may already open the thought, so a turn
+    that lacks something is looked at together with what stands before it.
+    """
+    last, start, end = places
+    for key in ("content", "reasoning_content"):
+        said = message.get(key)
+        if not isinstance(said, str):
+            continue
+        if not (_holds(whole[start:end], said) or _holds(whole[last:end], said)):
+            raise UserError(
+                f"chat template of {name_of(tokenizer)} does not write all of the "
+                f"{'thinking' if key != 'content' else key} of messages[{index}] (assistant): take "
+                "a template that does, leave it out, or set `train: false` on the turn"
+            )
+
+
+def _holds(text: str, part: str) -> bool:
+    """Whether `text` has `part` in it, whatever the template did to white space."""
+    return part.strip() in text or "".join(part.split()) in "".join(text.split())
 
 
 def _text_without_tools(tokenizer: Any, conversation: Conversation) -> str | None:

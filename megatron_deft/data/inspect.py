@@ -78,6 +78,7 @@ def inspect_set(
     n: int = 3,
     checksums: bool = False,
     color: bool = False,
+    tokenizer: Any = None,
 ) -> Found:
     """Show a prepared set.
 
@@ -85,10 +86,12 @@ def inspect_set(
         indices: the samples to show; without, n of them: the first, or with a `seed` drawn by it.
         checksums: read every file and compare.
         color: trained text is green.
+        tokenizer: the one that it must have been made with; None asks for none.
 
-    Errors: UserError when it is no prepared set, and for a sample it does not have.
+    Errors: UserError when it is no prepared set or one of another tokenizer or template, and for a
+    sample it does not have.
     """
-    data = open_set(path)
+    data = open_set(path, tokenizer)
     manifest = data.manifest
     if indices is None:
         count = min(n, len(data))
@@ -97,7 +100,7 @@ def inspect_set(
     for index in indices:
         if not 0 <= index < len(data):
             raise UserError(f"{path} has samples 0 to {len(data) - 1}, there is no {index}")
-    tokenizer = load_tokenizer(data.path / TOKENIZER) if indices else None
+    own = load_tokenizer(data.path / TOKENIZER) if indices else None
     kind = manifest["kind"]
     files = manifest["files"] if checksums else {}
     return Found(
@@ -105,15 +108,21 @@ def inspect_set(
         manifest,
         _percentiles(data.lengths),
         _histogram(data.lengths),
-        [_shown(tokenizer, kind, index, data[index], color) for index in indices],
+        [_shown(own, kind, index, data[index], color) for index in indices],
         [name for name, made in files.items() if fingerprint(data.path / name) != made],
     )
 
 
 def inspect_file(
-    file: str, tokenizer_folder: str, settings: RowSettings, color: bool = False
+    file: str,
+    tokenizer_folder: str,
+    settings: RowSettings,
+    color: bool = False,
+    show: int | None = None,
 ) -> Found:
     """Show how the rows of a file would be tokenised, the first settings.limit of them.
+
+    `show`: so many samples at the most; None is all.
 
     Errors: UserError as prepare_set raises.
     """
@@ -133,7 +142,10 @@ def inspect_file(
         {"kind": kind, "samples": len(samples)},
         _percentiles(lengths),
         _histogram(lengths),
-        [_shown(tokeniser.tokenizer, kind, i, sample, color) for i, sample in enumerate(samples)],
+        [
+            _shown(tokeniser.tokenizer, kind, i, sample, color)
+            for i, sample in enumerate(samples[:show])
+        ],
         [],
     )
 

@@ -17,7 +17,13 @@ KINDS = ("sft", "pretrain")
 TOKENS, INDEX, WEIGHTS = "tokens.bin", "tokens.idx", "weights.bin"
 TOKENIZER = "tokenizer"  # the folder of the tokenizer's files
 _BLOCK = 1 << 22
-_NUMBERS = ("samples", "tokens", "trained_tokens", "longest")
+_TYPES: dict[str, tuple[type | None, ...]] = {  # what opening a set needs; None: may be null
+    **dict.fromkeys(("samples", "tokens", "trained_tokens", "longest"), (int,)),
+    **dict.fromkeys(("tokenizer", "files"), (dict,)),
+    "token_dtype": (str,),
+    "weight_dtype": (str, None),
+    "template": (dict, None),
+}
 PLACES = 5  # how many places are named of each reason
 
 
@@ -62,11 +68,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path}: version {found.get('version')}, this program reads {VERSION}: "
             "prepare the set again, or update megatron-deft"
         )
-    wrong = [key for key in _NUMBERS if not isinstance(found.get(key), int)]
-    wrong += [key for key in ("tokenizer", "files") if not isinstance(found.get(key), dict)]
+    wrong = [key for key, legal in _TYPES.items() if not _is_one(found, key, legal)]
     if wrong or found.get("kind") not in KINDS:
         raise UserError(f"{path} is damaged ({', '.join(wrong) or 'kind'}): prepare the set again")
     return found
+
+
+def _is_one(found: Mapping[str, Any], key: str, legal: tuple[type | None, ...]) -> bool:
+    value = found.get(key)
+    return key in found and (None if value is None else type(value)) in legal
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:

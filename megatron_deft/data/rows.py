@@ -11,7 +11,9 @@ from megatron_deft.data.task import Items, RowError, Task
 from megatron_deft.errors import UserError
 
 Row = tuple[str, Mapping[str, Any]]  # where it stands ("FILE row 7"), and its columns
+Found = tuple[str, Mapping[str, Any] | RowError]  # the same, or why it cannot be used
 Source = type[Lines] | type[Array] | type[Parquet]
+_TOOLS = "tools"  # the column's usual name; it may be absent
 _ENDINGS = (".parquet", ".jsonl", ".json")
 _PACKED = {".gz": "gunzip", ".zst": "unzstd", ".bz2": "bunzip2", ".xz": "unxz", ".zip": "unzip"}
 
@@ -41,7 +43,8 @@ def detect_format(cfg: Columns, files: Sequence[str]) -> str:
 
     "auto" never means "text". A JSON file's columns are those of its first 100 rows.
 
-    Errors: UserError when a file is missing, empty or lacks a column (naming those it has), and for
+    Errors: UserError when a file is missing, empty or lacks a column (naming those it has), when no
+    file has a column of tools that was named, for an original prompt of conversations, and for
     "auto" when both formats fit, since a guess could train on another prompt than the one meant.
     """
     wanted = {"columns": {cfg.prompt_key, cfg.response_key}, "messages": {cfg.messages_key}}
@@ -51,7 +54,7 @@ def detect_format(cfg: Columns, files: Sequence[str]) -> str:
     }
     if cfg.format == "text":
         wanted, keys = {"text": {getattr(cfg, "text_key", "text")}}, {"text": option("text_key")}
-    present = {file: _source(file).columns(Path(file)) for file in files}
+    present = {file: columns_of_file(file) for file in files}
     form = _guess(cfg, files[0], present[files[0]], wanted) if cfg.format == "auto" else cfg.format
     for file, columns in present.items():
         missing = sorted(wanted[form] - set(columns))
@@ -61,7 +64,25 @@ def detect_format(cfg: Columns, files: Sequence[str]) -> str:
                 f"{file}: no column {', '.join(missing)}, it has {', '.join(columns)}: set "
                 f"{keys[form]}{other}"
             )
+    if form == "messages":
+        _check_messages(cfg, present)
     return form
+
+
+def _check_messages(cfg: Columns, present: Mapping[str, Sequence[str]]) -> None:
+    """Whether every setting is one that conversations have a use for."""
+    if cfg.use_original_prompt:
+        raise UserError(
+            f"{option('use_original_prompt')} is for format columns: a conversation goes through "
+            f"the chat template: leave it out, or set {option('format')}"
+        )
+    tools = getattr(cfg, "tools_key", _TOOLS)
+    if tools != _TOOLS and not any(tools in columns for columns in present.values()):
+        has = ", ".join(dict.fromkeys(column for columns in present.values() for column in columns))
+        raise UserError(
+            f"{', '.join(present)}: no column {tools}, there are {has}: set {option('tools_key')}, "
+            "or leave it out where there are no tools"
+        )
 
 
 def _guess(cfg: Columns, file: str, present: Sequence[str], wanted: Mapping[str, set[str]]) -> str:
@@ -73,7 +94,7 @@ def _guess(cfg: Columns, file: str, present: Sequence[str], wanted: Mapping[str,
         raise UserError(
             f"{file}: {problem}, it has {', '.join(present)}: set {option('format')} to columns "
             f"(reads {', '.join(sorted(wanted['columns']))}) or messages (reads "
-            f"{cfg.messages_key}), or the key{'s' if fits else ''} that name yours: "
+            f"{cfg.messages_key}), or the keys that name yours: "
             f"{option('prompt_key')}, {option('response_key')}, {option('messages_key')}"
         )
     return fits[0]
@@ -137,17 +158,38 @@ def read_rows(files: Iterable[str], columns: Iterable[str]) -> Iterator[Row]:
 
     Errors: UserError for the first row that cannot be read or lacks a column, naming its place.
     """
-    needed = list(columns)
+    for where, item in find_rows(files, columns):
+        if isinstance(item, RowError):
+            raise UserError(f"{where}: {item}") from item
+        yield where, item
+
+
+def find_rows(
+    files: Iterable[str], columns: Iterable[str], optional: Iterable[str] = ()
+) -> Iterator[Found]:
+    """Every row of `files` in order, a RowError for one that cannot be read or lacks a column.
+
+    `optional`: further columns, which a row may lack.
+    """
+    needed, more = list(columns), list(optional)
     for file in files:
         source, index = _source(file), -1
         for item in (
-            item for task in source.cut(Path(file), needed) for item in read_task(task, needed)
+            item
+            for task in source.cut(Path(file), needed)
+            for item in read_task(task, needed, more)
         ):
             index += 1
-            if isinstance(item, RowError):
-                raise UserError(f"{_place(source, file, index)}: {item}") from item
             if item is not None:
                 yield _place(source, file, index), item
+
+
+def columns_of_file(file: str) -> list[str]:
+    """The columns of a file, those of the first 100 rows of JSON.
+
+    Errors: UserError for a file that is missing, damaged or without a row that can be read.
+    """
+    return _source(file).columns(Path(file))
 
 
 def _source(file: str) -> Source:

@@ -14,6 +14,7 @@ with the day they are made on, so the date is always 26 July 2024, which those o
 have as their own default. Another one is had by writing it into a template file.
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -24,6 +25,7 @@ from megatron_deft.errors import UserError
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether to open a turn
 
+_MARK = re.compile(r"<[|\uff5c][^<>]+[|\uff5c]>")  # DeepSeek writes the wide bar
 _DATE = datetime(2024, 7, 26)
 _METHODS = frozenset(dir(dict))
 
@@ -343,6 +345,20 @@ def _check_marks(tokenizer: Any, template: str, named: _Named) -> None:
         )
 
 
+def check_marks(tokenizer: Any, prompt: str) -> None:
+    """Whether what looks like a special token in a prompt that is written out is one.
+
+    Errors: UserError when it is not: its letters would be trained on.
+    """
+    marks = dict.fromkeys(_MARK.findall(prompt))
+    split = [mark for mark in marks if not _is_token(tokenizer, mark)]
+    if split:
+        raise UserError(
+            f"{', '.join(split)} of the prompt {'is' if len(split) == 1 else 'are'} no single "
+            f"token of tokenizer {name_of(tokenizer)}: take the --prompt-type of its family"
+        )
+
+
 def _is_token(tokenizer: Any, mark: str) -> bool:
     ids = tokenizer(mark, add_special_tokens=False)["input_ids"]
     return len(ids) == 1 and tokenizer.convert_ids_to_tokens(ids)[0] == mark
@@ -358,7 +374,7 @@ def _read(template: str) -> str:
             "or the path of a jinja file"
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # a mark at its start is no text
         _compile(text)
     except TemplateSyntaxError as error:
         raise UserError(f"{path} line {error.lineno}: {_line(error)}") from error

@@ -174,8 +174,11 @@ def test_a_template_that_drops_history_is_refused_by_name_and_turn(
 def test_a_generation_prompt_that_no_turn_begins_with_is_refused(
     with_template: Callable[..., Any],
 ) -> None:
-    with pytest.raises(UserError, match=re.escape("messages[2] (assistant)")):
-        render_messages(with_template(OPENS_A_THOUGHT), CONVERSATION)
+    tokenizer = with_template(OPENS_A_THOUGHT)
+    for messages in (CONVERSATION, CONVERSATION[:3]):
+        message = r"messages\[2\] \(assistant\) does not begin as the generation prompt"
+        with pytest.raises(UserError, match=message):
+            render_messages(tokenizer, messages)
 
 
 def test_a_template_sees_neither_train_nor_keys_that_are_none(
@@ -265,6 +268,45 @@ def test_tools_and_calls_that_a_template_leaves_out_are_refused(
     tokenizer = with_template(CHATML.replace("m.content", "(m.content or '')"))
     with pytest.raises(UserError, match=r"does not write the tool_calls of messages\[1\]"):
         render_messages(tokenizer, CALLED)
+
+
+WITHOUT_SYSTEM = CHATML.replace("in messages %}", "in messages if m.role != 'system' %}")
+THINKS = CHATML.replace("m.content", "(m.thinking or '') + m.content")
+
+
+def test_a_system_message_that_a_template_leaves_out_is_refused(
+    with_template: Callable[..., Any],
+) -> None:
+    tokenizer = with_template(WITHOUT_SYSTEM)
+    with pytest.raises(UserError, match=r"does not write messages\[0\] \(system\)"):
+        render_messages(tokenizer, CONVERSATION)
+    assert render_messages(tokenizer, CONVERSATION[1:]).weights == (0.0, 1.0, 0.0, 1.0, 0.0)
+
+
+def test_what_a_template_cuts_off_a_trained_turn_is_refused(
+    with_template: Callable[..., Any],
+) -> None:
+    thought = {"role": "assistant", "content": "2", "reasoning": "so it is"}
+    said = {"role": "assistant", "content": "<think> so </think>2"}
+    with pytest.raises(UserError, match=r"all of the thinking of messages\[1\] \(assistant\)"):
+        render_messages(with_template(CHATML), [USER, thought])
+    cuts = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+    with pytest.raises(UserError, match=r"all of the content of messages\[1\] \(assistant\)"):
+        render_messages(with_template(cuts), [USER, said])
+    whole = render_messages(with_template(THINKS), [USER, thought])
+    assert whole.pieces[1] == "so it is2<|im_end|>"
+    untrained = [USER, thought | {"train": False}, USER, {"role": "assistant", "content": "3"}]
+    assert render_messages(with_template(CHATML), untrained).weights == (0.0, 1.0, 0.0)
+
+
+def test_white_space_and_an_opened_thought_leave_nothing_out(
+    with_template: Callable[..., Any],
+) -> None:
+    said = {"role": "assistant", "content": "<think>so\n</think> 2 "}
+    opens = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>' }}{% endif")
+    trims = opens.replace("m.content", "m.content | trim | replace('\n', '')")
+    rendered = render_messages(with_template(trims), [USER, said])
+    assert rendered.pieces[1] == "so</think> 2<|im_end|>"
 
 
 def test_a_tokenizer_with_a_template_for_tools(with_template: Callable[..., Any]) -> None:

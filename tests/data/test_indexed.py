@@ -147,6 +147,8 @@ def change(key: str, value: Any) -> Callable[[Path], None]:
         ("manifest.json", change("version", 2), "version 2, this program reads 1"),
         ("manifest.json", change("samples", "5"), "is damaged (samples)"),
         ("manifest.json", change("kind", "x"), "is damaged (kind)"),
+        ("manifest.json", change("template", 3), "is damaged (template)"),
+        ("manifest.json", change("token_dtype", None), "is damaged (token_dtype)"),
         ("", shutil.rmtree, "no such folder"),
     ],
 )

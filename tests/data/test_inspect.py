@@ -110,5 +110,39 @@ def test_a_file(made: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_what_is_neither(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "no such folder" in shown(capsys, str(tmp_path / "none"), code=2)
+    assert "no such file or folder" in shown(capsys, str(tmp_path / "none"), code=2)
     assert "is no prepared set" in shown(capsys, str(tmp_path), code=2)
+
+
+def test_a_set_may_be_asked_for_its_tokenizer(
+    made: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(made / "set"), "--n", "0", "--tokenizer", str(tiny_folder))
+    assert "3 samples" in shown(capsys, *words)
+    assert "another chat template" in shown(capsys, *words, "--template", "qwen", code=2)
+
+
+@pytest.mark.parametrize(
+    ("of", "options"),
+    [
+        ("a.jsonl", ["--seed", "0"]),
+        ("a.jsonl", ["--index", "1"]),
+        ("a.jsonl", ["--checksums"]),
+        ("set", ["--max-length", "8"]),
+        ("set", ["--format", "messages"]),
+        ("set", ["--template", "chatml"]),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(
+    made: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str], of: str, options: list[str]
+) -> None:
+    tokenizer = ["--tokenizer", str(tiny_folder)] if of == "a.jsonl" else []
+    error = shown(capsys, str(made / of), *tokenizer, *options, code=2)
+    assert f"{options[0]}: for " in error
+
+
+def test_no_sample_of_a_file(
+    made: Path, tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = (str(made / "a.jsonl"), "--tokenizer", str(tiny_folder), "--n", "0")
+    assert "--- sample" not in shown(capsys, *words)

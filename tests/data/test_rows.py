@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_deft.data import jsonl
-from megatron_deft.data.rows import cut, place, read_rows, read_task, release
+from megatron_deft.data.prepare.settings import RowSettings
+from megatron_deft.data.rows import cut, detect_format, place, read_rows, read_task, release
 from megatron_deft.data.task import RowError, Task
 from megatron_deft.errors import UserError
 from tests.data.files import write
@@ -169,3 +170,14 @@ def test_damaged_pages_of_a_parquet_file_are_told(tmp_path: Path) -> None:
 def test_what_is_no_source_is_refused(tmp_path: Path, name: str, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         cut([str(tmp_path / name)])
+
+
+def test_settings_that_conversations_have_no_use_for_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"messages": []}\n{"messages": [], "functions": []}\n')
+    with pytest.raises(UserError, match=r"use_original_prompt.* is for format columns"):
+        detect_format(RowSettings(format="messages", use_original_prompt=True), [str(file)])
+    with pytest.raises(UserError, match="no column fns, there are messages, functions: set data"):
+        detect_format(RowSettings(tools_key="fns"), [str(file)])
+    for settings in (RowSettings(), RowSettings(tools_key="functions")):
+        assert detect_format(settings, [str(file)]) == "messages"

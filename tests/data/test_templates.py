@@ -220,9 +220,10 @@ def test_a_template_that_writes_an_eos_that_is_not_there_is_refused(tokenizer: A
 
 def test_a_file(tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
-    path.write_text(CHATML, encoding="utf-8")
-    apply_template(tokenizer, str(path))
-    assert "".join(render_messages(tokenizer, [SYSTEM, *TURNS]).pieces) == OFFICIAL["chatml"]
+    for encoding in ("utf-8", "utf-8-sig"):
+        path.write_text(CHATML, encoding=encoding)
+        apply_template(tokenizer, str(path))
+        assert "".join(render_messages(tokenizer, [SYSTEM, *TURNS]).pieces) == OFFICIAL["chatml"]
 
 
 @pytest.mark.parametrize("name", ["mistral", "there/is/none.jinja", ""])

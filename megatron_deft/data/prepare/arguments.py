@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from megatron_deft.data.manifest import MANIFEST
 from megatron_deft.data.prepare.released import M23K_PROCESSED, MATH, MEDICAL, NUMINA_SUBSET
 from megatron_deft.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_deft.data.prepare.settings import RowSettings
 
 
 def add_math_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +59,8 @@ def _add_set_arguments(parser: argparse.ArgumentParser, source: str) -> None:
     _int(parser, "--val-size", 128, "rows of val.parquet, the first ones")
     add("--hold-out", action="store_true", help="leave the rows of val.parquet out of train")
     _int(parser, "--seed", None, "draw the rows of --limit and of val by it, not the first")
-    add("--bad-rows", choices=("error", "drop"), default="error", help="null, no text [error]")
+    add("--bad-rows", choices=("error", "drop"), default="error",
+        help="a row that cannot be used is an error, or left out and counted [error]")  # fmt: skip
     _overwrite(parser)
 
 
@@ -84,13 +89,14 @@ def run_math(args: argparse.Namespace) -> int:
     """Write the math data set; returns 0."""
     from megatron_deft.data.prepare.math import prepare_math
 
-    _check_tokenising(args)
+    column, write = MATH[args.prompt_type[0]] if args.prompt_type else (None, None)
+    settings = _settings(args, column, "question", "answer")
+    _check_tokenising(args, settings, write("") if write else None)
     info = prepare_math(
         args.out, args.source, args.prompt_type, args.boxed_only, choice=_choice(args)
     )
     _report(args.out, info)
-    column = MATH[args.prompt_type[0]][0] if args.prompt_type else None
-    _tokenise(args, column, "question", "answer")
+    _tokenise(args, settings)
     return 0
 
 
@@ -103,16 +109,17 @@ def run_medical(args: argparse.Namespace) -> int:
         raise UserError("--thinking goes with --prompt-type: name llama, qwen or deepseek")
     if family and not args.tokenizer:
         raise UserError("--prompt-type goes with --tokenizer: all prompts are written anyway")
-    _check_tokenising(args)
-    info = prepare_medical(args.out, args.source, choice=_choice(args))
-    _report(args.out, info)
     response = "response_with_thinking" if args.thinking else "reponse_no_thinking"
-    _tokenise(
+    settings = _settings(
         args,
         f"{family}_prompt" if family else None,
         "question_instruction",
         f"{family}_{response}" if family else "answer_raw",
     )
+    _check_tokenising(args, settings, MEDICAL[family][0]("") if family else None)
+    info = prepare_medical(args.out, args.source, choice=_choice(args))
+    _report(args.out, info)
+    _tokenise(args, settings)
     return 0
 
 
@@ -135,12 +142,25 @@ def run_figfont(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_tokenising(args: argparse.Namespace) -> None:
-    """Before the rows are written, which takes minutes."""
-    if args.tokenizer is None and args.template is not None:
-        raise UserError("--template goes with --tokenizer, which is missing")
-    if args.tokenizer is not None and not Path(args.tokenizer).is_dir():
-        raise UserError(f"--tokenizer {args.tokenizer}: no such folder")
+def _check_tokenising(args: argparse.Namespace, settings: RowSettings, prompt: str | None) -> None:
+    """Whether tokenising will go, before the rows are written, which takes minutes.
+
+    `prompt`: one that is written out, whose special tokens the tokenizer must have.
+    """
+    if args.tokenizer is None:
+        if args.template is not None:
+            raise UserError("--template goes with --tokenizer, which is missing")
+        return
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers}: at least 1 is needed")
+    from megatron_deft.data.prepare.samples import Tokeniser
+    from megatron_deft.data.templates import check_marks
+    from megatron_deft.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer, settings.template)
+    Tokeniser(tokenizer, settings, settings.format)
+    if prompt is not None:
+        check_marks(tokenizer, prompt)
 
 
 def _choice(args: argparse.Namespace) -> Any:
@@ -153,7 +173,14 @@ def _choice(args: argparse.Namespace) -> Any:
         seed=args.seed,
         bad_rows=args.bad_rows,
         overwrite=args.overwrite,
+        reuse=not args.overwrite and _is_unfinished(args),
     )
+
+
+def _is_unfinished(args: argparse.Namespace) -> bool:
+    """Whether OUT has rows that this command, killed before, did not tokenise to the end."""
+    files = list(Path(args.out).glob("*.parquet")) if args.tokenizer else []
+    return not all((file.with_suffix("") / MANIFEST).is_file() for file in files)
 
 
 def _report(out: str, info: dict[str, Any]) -> None:
@@ -166,13 +193,13 @@ def _report(out: str, info: dict[str, Any]) -> None:
             print(f"{out}: {count} rows {what}: see info.json")
 
 
-def _tokenise(args: argparse.Namespace, original: str | None, question: str, response: str) -> None:
-    """Make OUT/train and OUT/val of what was written, if a tokenizer was given."""
-    if args.tokenizer is None:
-        return
-    from megatron_deft.data.prepare.tokenise import RowSettings, prepare_set
+def _settings(
+    args: argparse.Namespace, original: str | None, question: str, response: str
+) -> RowSettings:
+    """How the rows that are written will be tokenised. Errors: UserError for a bad option."""
+    from megatron_deft.data.prepare.settings import RowSettings
 
-    settings = RowSettings(
+    return RowSettings(
         format="columns",
         prompt_dict_keys=(original or question,),
         response_dict_keys=(response,),
@@ -181,10 +208,20 @@ def _tokenise(args: argparse.Namespace, original: str | None, question: str, res
         bad_rows=args.bad_rows,
         template=args.template,
     )
+
+
+def _tokenise(args: argparse.Namespace, settings: RowSettings) -> None:
+    """Make OUT/train and OUT/val of what was written, if a tokenizer was given."""
+    if args.tokenizer is None:
+        return
+    from megatron_deft.data.inspect import describe
+    from megatron_deft.data.prepare.tokenise import prepare_set
+
     for split in ("train", "val"):
         file = Path(args.out) / f"{split}.parquet"
         if file.exists():
-            prepare_set(
-                file.with_suffix(""), [str(file)], args.tokenizer, settings, workers=args.workers
+            out = file.with_suffix("")
+            made = prepare_set(
+                out, [str(file)], args.tokenizer, settings, workers=args.workers, reuse=True
             )
-            print(f"{file.with_suffix('')}: tokenised for {args.tokenizer}")
+            print("\n".join(describe(out, made)))

@@ -23,6 +23,7 @@ from megatron_deft.data.prepare.released import LIGHTEVAL, MATH, NUMINA, NUMINA_
 from megatron_deft.data.prepare.sources import Source, open_source
 from megatron_deft.data.prepare.splits import (
     Choice,
+    Columns,
     DropRow,
     Make,
     given_columns,
@@ -63,11 +64,11 @@ def prepare_math(
 
     left_out: list[str] = []
 
-    def open_rows() -> tuple[Source, Sequence[str], pa.Schema, Make]:
+    def open_rows() -> tuple[Source, Columns, pa.Schema, Make]:
         source = open_source(sources, "prepare math OUT")
         layout = source.require(_LAYOUTS)
         labels = [name for name in _LABELS if source.has(name)]
-        columns = [*_LAYOUTS[layout], *filter(source.has, _ALSO)]
+        columns = _LAYOUTS[layout], list(filter(source.has, _ALSO))
         prompts = {MATH[name][0]: MATH[name][1] for name in prompt_types}
         extra = ["question", "answer", "question_instruction", *labels, *prompts]
         others = given_columns(source, extra) if layout == "released" else []
@@ -106,7 +107,8 @@ def prepare_math(
         return source, columns, schema([*extra, *others]), make
 
     more = {"prompt_types": list(prompt_types), "left_out": left_out}
-    return write_splits(out, open_rows, choice, "math", more)
+    asked = {"prompt_types": list(prompt_types), "boxed_only": boxed_only}
+    return write_splits(out, open_rows, choice, "math", more, asked)
 
 
 def _guess(source: Source) -> str:

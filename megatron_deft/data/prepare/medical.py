@@ -23,6 +23,7 @@ from megatron_deft.data.prepare.released import BOXED, M23K, M23K_PROCESSED, MED
 from megatron_deft.data.prepare.sources import Source, open_source
 from megatron_deft.data.prepare.splits import (
     Choice,
+    Columns,
     Make,
     given_columns,
     keep_given,
@@ -68,12 +69,12 @@ def prepare_medical(
     """
     left_out: list[str] = []
 
-    def open_rows() -> tuple[Source, Sequence[str], pa.Schema, Make]:
+    def open_rows() -> tuple[Source, Columns, pa.Schema, Make]:
         source = open_source(sources, "prepare medical OUT")
         layout = source.require(_LAYOUTS)
-        columns, others = list(_LAYOUTS[layout]), list[str]()
+        also, others = list[str](), list[str]()
         if layout == "released":
-            columns += filter(source.has, ("data_source",))
+            also += filter(source.has, ("data_source",))
             others = given_columns(source, _EXTRA)
         label = source.name or M23K
 
@@ -90,9 +91,9 @@ def prepare_medical(
             extra = keep_given(extra, given, left_out)
             return {**made, "extra_info": {"index": index, **extra}}
 
-        return source, columns, schema([*_EXTRA, *others], ["answer_letter"]), make
+        return source, (_LAYOUTS[layout], also), schema([*_EXTRA, *others], ["answer_letter"]), make
 
-    return write_splits(out, open_rows, choice, "medical", {"left_out": left_out})
+    return write_splits(out, open_rows, choice, "medical", {"left_out": left_out}, {})
 
 
 def _row(row: Mapping[str, Any], names: Mapping[str, str], label: str) -> dict[str, Any]:

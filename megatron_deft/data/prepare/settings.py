@@ -96,6 +96,8 @@ def text_at(row: Mapping[str, Any], column: str, keys: Sequence[str], option: st
     if value is None:
         raise UserError(f"{place} is null")
     if not isinstance(value, str):
-        has = f" with {', '.join(value)}" if isinstance(value, Mapping) else ""
-        raise UserError(f"{place}: expected text, got {type(value).__name__}{has}: set {option}")
+        found = f"{place}: expected text, got {type(value).__name__}"
+        if isinstance(value, Mapping):
+            raise UserError(f"{found} with {', '.join(value)}: set {option}")
+        raise UserError(f"{found}: write it as text, or name another column")
     return value

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_deft.data.rows import Row, read_rows
+from megatron_deft.data.rows import Found, columns_of_file, find_rows
 from megatron_deft.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ _ROWS_AT_ONCE = 1024
 class Source:
     """Rows that are read as a stream, from the beginning with every call of `rows`.
 
+    `rows(needed, optional)`: each with its place, or a RowError for one that lacks a needed column.
+
     `name` is the Hub's id, or None for local files. `columns` of each file, `total` rows, and
     `origin` for info.json: what exactly was read.
     """
@@ -40,7 +42,7 @@ class Source:
     columns: Mapping[str, Sequence[str]]
     total: int
     origin: list[dict[str, Any]]
-    rows: Callable[[Sequence[str]], Iterator[Row]]
+    rows: Callable[[Sequence[str], Sequence[str]], Iterator[Found]]
 
     def has(self, column: str) -> bool:
         """Whether the first file has it."""
@@ -119,13 +121,13 @@ def _local(files: Sequence[Path]) -> Source:
     rows = {name: _count(file) for name, file in zip(names, files, strict=True)}
     return Source(
         name=None,
-        columns={name: _columns(name) for name in names},
+        columns={name: columns_of_file(name) for name in names},
         total=sum(rows.values()),
         origin=[
             {"file": name, "bytes": file.stat().st_size, "rows": rows[name]}
             for name, file in zip(names, files, strict=True)
         ],
-        rows=lambda columns: read_rows(names, columns),
+        rows=lambda needed, optional: find_rows(names, needed, optional),
     )
 
 
@@ -142,16 +144,10 @@ def _count(file: Path) -> int:
         with open(file, "rb") as handle:
             rows = sum(not line.isspace() for line in handle)
     else:
-        rows = sum(1 for _ in read_rows([str(file)], []))
+        rows = sum(1 for _ in find_rows([str(file)], []))
     if not rows:
         raise UserError(f"{file}: the file has no rows")
     return rows
-
-
-def _columns(name: str) -> list[str]:
-    if name.endswith(".parquet"):
-        return list(pq.read_schema(name).names)
-    return list(next(read_rows([name], []))[1])
 
 
 def _hub(name: str, local: str) -> Source:
@@ -185,11 +181,11 @@ def _hub(name: str, local: str) -> Source:
         columns={name: list(table.column_names)},
         total=len(table),
         origin=[{"hub": name, "revision": revision, "split": "train", "rows": len(table)}],
-        rows=lambda columns: _table_rows(name, table, columns),
+        rows=lambda needed, optional: _table_rows(name, table, [*needed, *optional]),
     )
 
 
-def _table_rows(name: str, table: Any, columns: Sequence[str]) -> Iterator[Row]:
+def _table_rows(name: str, table: Any, columns: Sequence[str]) -> Iterator[Found]:
     number = 0
     for block in table.select_columns(list(columns)).with_format("arrow").iter(_ROWS_AT_ONCE):
         for row in block.to_pylist():

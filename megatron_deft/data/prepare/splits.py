@@ -18,13 +18,16 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from megatron_deft.data.prepare.sources import Source
-from megatron_deft.data.rows import Row
+from megatron_deft.data.rows import Found
+from megatron_deft.data.task import RowError
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
 
 VAL_SIZE = 128
 _ROWS_AT_ONCE = 2000  # of one row group
 _COUNTED = ("split", "index")  # of extra_info, told anew
+_INFO = "info.json"
+_DECISIVE = ("limit", "val_size", "hold_out", "seed", "bad_rows")  # of a Choice
 _PLACES = 5  # of what was dropped, named in info.json
 
 _TEXT = pa.string()
@@ -43,6 +46,7 @@ class Choice:
             They stand in the source's order either way: training shuffles.
         bad_rows: "error" or "drop" (counted).
         overwrite: replace the folder.
+        reuse: leave the folder as it is where the same choice of the same sources made it.
         progress: show a bar on a terminal.
     """
 
@@ -52,6 +56,7 @@ class Choice:
     seed: int | None = None
     bad_rows: str = "error"
     overwrite: bool = False
+    reuse: bool = False
     progress: bool = True
 
 
@@ -77,6 +82,7 @@ class _Tally:
         }
 
 
+Columns = tuple[Sequence[str], Sequence[str]]  # that a row must have, and may have
 Make = Callable[[int, Mapping[str, Any]], dict[str, Any]]  # number in the source, row -> row
 
 
@@ -124,10 +130,12 @@ def optional_text(row: Mapping[str, Any], key: str) -> str | None:
 
 def given_columns(source: Source, known: Sequence[str]) -> list[str]:
     """The texts that extra_info of the first row of `source` has beside those `known`."""
-    extra = next(source.rows(["extra_info"]))[1]["extra_info"]
-    names = extra if isinstance(extra, Mapping) else ()
-    return [name for name in names if name not in known and isinstance(extra[name], str)
-            and name not in _COUNTED]  # fmt: skip
+    rows = (row for _, row in source.rows(["extra_info"], ()) if not isinstance(row, RowError))
+    first = next(rows, None)
+    extra = None if first is None else first["extra_info"]
+    given = extra if isinstance(extra, Mapping) else {}
+    return [name for name, value in given.items() if isinstance(value, str)
+            and name not in known and name not in _COUNTED]  # fmt: skip
 
 
 def keep_given(
@@ -148,26 +156,32 @@ def keep_given(
 
 def write_splits(
     out: str | Path,
-    open_rows: Callable[[], tuple[Source, Sequence[str], pa.Schema, Make]],
+    open_rows: Callable[[], tuple[Source, Columns, pa.Schema, Make]],
     choice: Choice,
     name: str,
     more: Mapping[str, Any],
+    asked: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Write the folder `out` (train.parquet, val.parquet, info.json); return what info.json holds.
 
     Memory is bounded by one group of rows, whatever the size of the source.
 
     Args:
-        open_rows: opens the source; gives the columns to read, the schema of the result, and the
-            function that makes a row of it, which may raise DropRow or UserError.
+        open_rows: opens the source; gives the columns to read (those that each row must have, and
+            those it may have), the schema of the result, and the function that makes a row of it,
+            which may raise DropRow or UserError.
         name: of the data set, for info.json and the progress bar.
         more: what else info.json holds.
+        asked: what else decides about the rows.
 
     Errors: UserError when an option is out of range, `out` exists, a row is bad (its file and
     number) and bad rows are errors, or no row is left; what `open_rows` raises.
     """
     _check(choice)
     tally, empty = _Tally(), _Tally()
+    there = _read_info(Path(out)) if choice.reuse else None
+    if there and there.get("asked") == _asked(open_rows()[0], choice, name, asked):
+        return there
     with atomic_folder(out, choice.overwrite) as folder:
         source, columns, form, make = open_rows()
         size = min(source.total, choice.limit or source.total)
@@ -184,6 +198,8 @@ def write_splits(
             for index, in_val, (where, raw) in _chosen(source, columns, choice):
                 bar.update()
                 try:
+                    if isinstance(raw, RowError):
+                        raise raw
                     row = make(index, raw)
                 except DropRow as reason:
                     tally.add(str(reason), where)
@@ -217,9 +233,24 @@ def write_splits(
             "limit": choice.limit,
             "seed": choice.seed,
             **more,
+            "asked": _asked(source, choice, name, asked),
         }
-        (folder / "info.json").write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
+        (folder / _INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
     return info
+
+
+def _read_info(out: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads((out / _INFO).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _asked(source: Source, choice: Choice, name: str, more: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides about the rows, as JSON has it."""
+    chosen = {field: getattr(choice, field) for field in _DECISIVE}
+    return {"data_set": name, "sources": source.origin, **chosen, **more}
 
 
 def _check(choice: Choice) -> None:
@@ -232,17 +263,17 @@ def _check(choice: Choice) -> None:
 
 
 def _chosen(
-    source: Source, columns: Sequence[str], choice: Choice
-) -> Iterator[tuple[int, bool | None, Row]]:
+    source: Source, columns: Columns, choice: Choice
+) -> Iterator[tuple[int, bool | None, Found]]:
     """Number, whether it is for val (None: if val is not full yet), and the row itself."""
     if choice.seed is None:
-        for index, row in enumerate(islice(source.rows(columns), choice.limit)):
+        for index, row in enumerate(islice(source.rows(*columns), choice.limit)):
             yield index, None, row
         return
     drawn = np.random.default_rng(choice.seed).permutation(source.total)[: choice.limit]
     wanted, for_val = np.zeros((2, source.total), bool)
     wanted[drawn], for_val[drawn[: choice.val_size]] = True, True
-    for index, row in enumerate(source.rows(columns)):
+    for index, row in enumerate(source.rows(*columns)):
         if wanted[index]:
             yield index, bool(for_val[index]), row
 

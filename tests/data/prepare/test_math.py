@@ -195,6 +195,8 @@ BAD_ROWS = {
     "null": ({"problem": None, "solution": "s"}, "line 2: problem: expected text, got null"),
     "blank": ({"problem": "p", "solution": " "}, "line 2: solution: expected text, got none"),
     "number": ({"problem": 3, "solution": "s"}, "line 2: problem: expected text, got int"),
+    "no column": ({"problem": "p"}, "line 2: no solution, it has problem"),
+    "no object": ([], "line 2: expected a JSON object, got list"),
     "surrogate": ({"problem": "\ud800", "solution": "s"}, "line 2: problem: half of a surrogate"),
 }
 
@@ -211,6 +213,25 @@ def test_bad_rows_are_named_or_counted(tmp_path: Path, name: str) -> None:
     ((reason, what),) = info["dropped"].items()
     assert reason.startswith("bad row: ")
     assert what == {"count": 1, "first": [f"{file} line 2"]}
+
+
+def test_lines_that_are_no_rows_are_named_or_counted(tmp_path: Path) -> None:
+    good = json.dumps(many(1)[0]).encode()
+    (tmp_path / "n.jsonl").write_bytes(b"\n".join([b"{broken", good, b'{"problem": "\xff"}', good]))
+    with pytest.raises(UserError, match=r"n\.jsonl line 1: not JSON"):
+        prepare(tmp_path / "out", tmp_path / "n.jsonl")
+    for seed in (None, 1):
+        choice = {"bad_rows": "drop", "seed": seed, "overwrite": True}
+        info = prepare(tmp_path / "out", tmp_path / "n.jsonl", **choice)
+        assert info["rows"]["train"] == 2
+        assert sum(what["count"] for what in info["dropped"].values()) == 2
+
+
+def test_a_row_may_lack_a_label(tmp_path: Path) -> None:
+    rows = [{**many(1)[0], "source": "olympiads"}, {"problem": "p", "solution": "s"}]
+    prepare(tmp_path / "out", write_jsonl(tmp_path / "n.jsonl", rows))
+    labels = [row["extra_info"]["source"] for row in read(tmp_path / "out")]
+    assert labels == ["olympiads", None]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +272,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     again = ["prepare", "math", str(tmp_path / "b"), "--source", str(file)]
     for option, said in (
         ("--template", "--template goes with --tokenizer"),
-        ("--tokenizer", "--tokenizer x: no such folder"),
+        ("--tokenizer", "x is not a folder"),
     ):
         assert main([*again, option, "x"]) == 2
         assert said in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_deft.data.prepare.sources import open_source
+from megatron_deft.data.task import RowError
 from megatron_deft.errors import UserError
 from tests.data.prepare.conftest import MATH_ROWS, NUMINA_ROWS, read, write_jsonl, write_parquet
 from tests.data.prepare.hub import fake_hub
@@ -20,7 +21,11 @@ NEEDED = {"problems": ("problem", "solution")}
 def problems(*names: Path) -> list[str]:
     source = open_source([str(name) for name in names], "prepare math OUT")
     source.require(NEEDED)
-    rows = [row["problem"] for _, row in source.rows(["problem"])]
+    rows = []
+    for where, row in source.rows(["problem"], ()):
+        if isinstance(row, RowError):
+            raise UserError(f"{where}: {row}")
+        rows.append(row["problem"])
     assert source.total == len(rows)
     return rows
 

@@ -234,6 +234,21 @@ def test_the_command(
     assert "9 samples (pretrain)" in capsys.readouterr().out
 
 
+def test_a_prompt_column_that_is_named_is_meant(
+    tmp_path: Path, tiny_folder: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "a.jsonl", [chat("no", "no") | {"q": "what", "a": "this"}])
+    out = tmp_path / "set"
+    command = ["prepare", "chat", str(out), file, "--tokenizer", str(tiny_folder), "--workers", "1"]
+    assert main([*command, "--prompt-key", "q"]) == 2
+    assert "no column extra_info" in capsys.readouterr().err
+    columns = ["--prompt-key", "q", "--response-key", "a"]
+    assert main([*command, *columns, "--format", "messages"]) == 2
+    assert "are for --format columns, not messages" in capsys.readouterr().err
+    assert main([*command, *columns]) == 0
+    assert answers(out, tokenizer) == ["this<|im_end|>"]
+
+
 def test_more_workers_than_work_and_none(tmp_path: Path, tiny_folder: Path, file: str) -> None:
     with pytest.raises(UserError, match="workers=0: at least 1"):
         prepare_set(tmp_path / "set", [file], tiny_folder, workers=0)

@@ -1,9 +1,11 @@
 """`prepare math|medical --tokenizer`: on to sets that training reads."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from megatron_deft.cli import main
@@ -19,7 +21,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_jsonl(folder / "math.jsonl", NUMINA_ROWS).read_text(),
         write_jsonl(folder / "medical.jsonl", M23K_ROWS).read_text(),
     ]
-    make_tiny_llama(folder / "hf", texts, vocab_size=400)
+    make_tiny_llama(folder / "plain", texts, vocab_size=400)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder / "plain")
+    prompts = [MATH["deepseek-math"][1](""), MEDICAL["llama"][0]("")]
+    tokenizer.add_tokens(
+        [AddedToken(mark, special=True) for mark in re.findall("<[^>]+>", "".join(prompts))]
+    )
+    tokenizer.save_pretrained(folder / "hf")
     return folder
 
 
@@ -74,3 +82,50 @@ def test_longer_samples_are_cut(root: Path, tmp_path: Path) -> None:
         assert prompt == same
         assert longer.startswith(response)
         assert len(response) < len(longer)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "message"),
+    [
+        ("math", ["--max-length", "0"], "max_length=0"),
+        ("math", ["--template", "nonsense"], "chat template nonsense"),
+        ("medical", ["--workers", "0"], "--workers 0"),
+        ("math", ["--tokenizer", "PLAIN", "--prompt-type", "deepseek-math"], "no single token of"),
+        ("medical", ["--tokenizer", "PLAIN", "--prompt-type", "llama"], "no single token of"),
+        ("medical", ["--tokenizer", "."], "no tokenizer that transformers can read"),
+    ],
+)
+def test_what_cannot_be_tokenised_is_told_before_anything_is_written(
+    root: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: str,
+    options: list[str],
+    message: str,
+) -> None:
+    command = ["prepare", data, str(tmp_path / "out"), "--source", str(root / f"{data}.jsonl")]
+    options = [str(root / "plain") if option == "PLAIN" else option for option in options]
+    assert main([*command, "--tokenizer", str(root / "hf"), *options]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_same_command_goes_on_with_what_was_not_tokenised(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    out = tmp_path / "out"
+    written = ["prepare", "math", str(out), "--source", str(root / "math.jsonl")]
+    command = [*written, "--tokenizer", str(root / "hf")]
+    assert main(command) == 0
+    assert main(command) == 2, "all is there"
+    assert f"{out} exists already" in capsys.readouterr().err
+    kept = {path: path.stat().st_mtime_ns for path in (out / "train.parquet", out / "train")}
+    shutil.rmtree(out / "val")
+    assert main([*command, "--limit", "1"]) == 2, "of other rows"
+    assert main([*command, "--boxed-only"]) == 2, "of other rows"
+    assert main(written) == 2, "nothing is left to do"
+    assert main(command) == 0
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert (out / "val" / "manifest.json").is_file()
