@@ -13,12 +13,14 @@ from megatron_deft.config import checks
 from megatron_deft.config.checks import ModelShape
 from megatron_deft.config.values import (
     ABOVE_0,
+    ABOVE_0_EACH,
     AT_LEAST_0,
     AT_LEAST_1,
     BELOW_1,
     FRACTION,
     NAMES,
     NOT_EMPTY,
+    SEED,
     checked,
     key,
 )
@@ -117,12 +119,12 @@ class DataConfig(Section):
     )  # fmt: skip
     train_weights: tuple[float, ...] = key(
         "share of each of train_sets in what is trained on, of any sum; empty: every sample once "
-        "an epoch, whichever set it is in", ()
+        "an epoch, whichever set it is in", (), ABOVE_0_EACH
     )  # fmt: skip
     val_sets: tuple[str, ...] = key("validation data, likewise", (), NAMES)
     split: tuple[float, float] | None = key(
         "pretraining: shares of each set's documents to train and to validate on; null: all of "
-        "train_sets to train on", None, AT_LEAST_0
+        "train_sets to train on", None, ABOVE_0
     )  # fmt: skip
     train_files: tuple[str, ...] = key(
         "training files, parquet or JSONL, in the place of train_sets; they are tokenised when the "
@@ -191,6 +193,14 @@ class DataConfig(Section):
                 f"data.train_weights={list(self.train_weights)}: expected one number for each of "
                 f"the {len(self.train_sets)} data.train_sets"
             )
+        if self.split is None:
+            return
+        for name in ("train_files", "val_sets", "val_files"):
+            if getattr(self, name):
+                raise UserError(
+                    f"data.split={list(self.split)} and data.{name} exclude each other: it cuts "
+                    "validation data off data.train_sets; set one of them to null"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +298,7 @@ class RunConfig(Section):
         "mean over the trained tokens of the global batch; or per micro-batch and rank, then over "
         "those (as the released trainers do); or per sample, then over samples", "token"
     )  # fmt: skip
-    seed: int = key("of data order, dropout and initialisation", 1234, AT_LEAST_0)
+    seed: int = key("of data order, dropout and initialisation", 1234, SEED)
     run_dir: str = key("folder of checkpoints, metrics and logs; made if absent", legal=NOT_EMPTY)
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
