@@ -173,6 +173,34 @@ def test_pretraining_on_running_text(base: Path, sets: Path, tmp_path: Path) -> 
         assert got == pytest.approx(want, rel=1e-4)
 
 
+def test_text_that_was_prepared_again_is_read_anew(base: Path, tmp_path: Path) -> None:
+    """Under the same name, so that what GPTDataset remembers of it no longer fits."""
+    file, out, run_dir = tmp_path / "text.jsonl", tmp_path / "set", tmp_path / "run"
+
+    def prepare(number: int) -> None:
+        texts = [{"text": f"number {i} and then {i * i}"} for i in range(number)]
+        file.write_text("\n".join(map(json.dumps, texts)))
+        form = RowSettings(format="text")
+        prepare_set(out, [str(file)], base / "hf", form, overwrite=True)
+
+    settings = {
+        "data.train_files": "[]", "data.train_sets": f"[{out}]", "data.max_length": 32,
+        "train.epochs": 1, "train.steps": "null", "train.global_batch": 1, "train.micro_batch": 1,
+        "optim.lr": 1e-30,
+    }  # fmt: skip
+    prepare(60)
+    run_ranks(1, train_all, [config(base, run_dir, **settings, **{"train.save_at_end": "true"})])
+    before = len(metrics(run_dir))
+    prepare(90)
+    more = {**settings, "train.epochs": 2, "train.resume": "must"}
+    said = run_ranks(1, train_and_hear, config(base, run_dir, **more))[0]
+    assert "the data, or how samples are packed, changed since" in said
+    assert len(metrics(run_dir)) > 2 * 1.4 * before
+    prepare(20)
+    fewer = {**settings, "train.epochs": 20, "train.resume": "must", "train.save_at_end": "false"}
+    run_ranks(1, train_and_hear, config(base, run_dir, **fewer))
+
+
 def test_files_are_tokenised_once(base: Path, tmp_path: Path) -> None:
     """By one rank, into the run's folder; a resumed run uses the set, another file is read anew."""
     run_dir = tmp_path / "run"
