@@ -38,10 +38,12 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     initialize(cfg)
     try:
+        from megatron_deft.data.loader import naming_dead_readers
         from megatron_deft.training.trainer import Trainer  # imports megatron-core: now is safe
 
         trainer = Trainer(cfg, base)
-        metrics = trainer.run()
+        with naming_dead_readers(cfg.data.workers):
+            metrics = trainer.run()
     finally:
         platform.shutdown()
     trainer.exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank

@@ -1,7 +1,12 @@
 """Runs on prepared sets: packed, blended, weighed, over context ranks, resumed at another size."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -199,6 +204,28 @@ def test_text_that_was_prepared_again_is_read_anew(base: Path, tmp_path: Path) -
     prepare(20)
     fewer = {**settings, "train.epochs": 20, "train.resume": "must", "train.save_at_end": "false"}
     run_ranks(1, train_and_hear, config(base, run_dir, **fewer))
+
+
+def killed_reader(rank: int, world: int, cfg: RunConfig) -> str:
+    """What the run says whose reader is killed between two looks at what it has read."""
+
+    def kill() -> None:
+        seen = Path(cfg.run_dir) / "metrics.jsonl"
+        while not seen.exists() or not seen.stat().st_size:
+            time.sleep(0.05)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    Thread(target=kill, daemon=True).start()
+    return refused(rank, world, cfg)
+
+
+def test_a_reader_that_is_killed_during_a_step_is_one_line(
+    base: Path, sets: Path, tmp_path: Path
+) -> None:
+    endless = {"data.workers": 1, "train.steps": 10**6}
+    cfg = config(base, tmp_path / "run", **on(sets, "one", **endless))
+    said = run_ranks(1, killed_reader, cfg)[0]
+    assert "data.workers=1: a process that reads the data died" in said
 
 
 def test_files_are_tokenised_once(base: Path, tmp_path: Path) -> None:
