@@ -145,14 +145,14 @@ def _tokenise(
 
 
 def _on_rank_0(make: Callable[[], Built]) -> Built:
-    """What rank 0 makes, on every rank; its UserError too."""
+    """What rank 0 makes, on every rank; its error too, if it is one that ends in a line."""
     answer: list[Any] = [None, None]
     # Tokenising may take longer than other collectives may.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if dist.get_rank() == 0:
         try:
             answer[0] = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0, group=group)
     dist.destroy_process_group(group)

@@ -15,6 +15,7 @@ import pytest
 from megatron_deft.config import RunConfig
 from megatron_deft.data.prepare.settings import RowSettings
 from megatron_deft.data.prepare.tokenise import prepare_set
+from megatron_deft.training.run import run
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics, train_all
 from tests.training.test_trainer import refused, same_but_time, train_and_hear
@@ -304,6 +305,22 @@ def test_data_that_cannot_be_used_is_one_line_on_every_rank(
         assert message in heard[0][name], name
     assert "broken.jsonl line 1" in heard[0]["broken file"]
     assert heard[0] == heard[1]
+
+
+def broken(rank: int, world: int, cfg: RunConfig) -> str:
+    with pytest.raises(NotADirectoryError) as caught:
+        run(cfg)
+    return f"{caught.value.filename}: {caught.value.strerror}"
+
+
+def test_a_folder_that_cannot_be_written_fails_alike_on_every_rank(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").touch()
+    heard = run_ranks(2, broken, config(base, tmp_path / "run"))
+    assert heard[0] == heard[1]
+    assert str(tmp_path / "run" / "data") in heard[0]
 
 
 def test_same_run_twice_is_the_same_to_the_last_digit(
