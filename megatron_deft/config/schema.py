@@ -169,7 +169,9 @@ class DataConfig(Section):
     show_sample: bool = key("print the first sample with its trained tokens marked", True)
     shuffle: bool = key("a new order each epoch, drawn from seed", True)
     val_max_samples: int | None = key(
-        "validate on the first so many rows; null: all", None, AT_LEAST_1
+        "validate on the first so many samples, or rows of running text; null: all",
+        None,
+        AT_LEAST_1,
     )
     workers: int = key(
         "processes of each rank that read ahead; 0: the rank reads for itself, which is fast "

@@ -108,7 +108,10 @@ def _open(
     if check_sets(cfg.data, key, sets) == "pretrain":
         return _open_text(cfg, sets, tokenizer, validating)
     opened = [open_set(one, tokenizer) for one in sets]
-    return SampleRows(opened, cfg.data.max_length, cfg.data.pack, cfg.parallel.context, cfg.seed)
+    data, limit = cfg.data, cfg.data.val_max_samples if validating else None
+    return SampleRows(
+        opened, data.max_length, data.pack, cfg.parallel.context, cfg.seed, limit=limit
+    )
 
 
 def _open_text(cfg: RunConfig, sets: Sequence[str], tokenizer: Any, validating: bool) -> TextRows:
