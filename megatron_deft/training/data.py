@@ -144,10 +144,10 @@ def _tokenise(
         prepare_set(out, files, folder, settings, workers=workers, reuse=True)
         return str(out)
 
-    return _on_rank_0(make)
+    return on_rank_0(make)
 
 
-def _on_rank_0(make: Callable[[], Built]) -> Built:
+def on_rank_0(make: Callable[[], Built]) -> Built:
     """What rank 0 makes, on every rank; its error too, if it is one that ends in a line."""
     answer: list[Any] = [None, None]
     # Tokenising may take longer than other collectives may.
@@ -168,7 +168,7 @@ def _rank_0_first(build: Callable[[], Built]) -> Built:
     """Build on rank 0, which leaves files that spare the others the work, then on all others."""
     if dist.get_rank() == 0:
         built: list[Built] = []
-        _on_rank_0(lambda: built.append(build()))
+        on_rank_0(lambda: built.append(build()))
         return built[0]
-    _on_rank_0(build)
+    on_rank_0(build)
     return build()

@@ -15,6 +15,7 @@ import pytest
 from megatron_deft.config import RunConfig
 from megatron_deft.data.prepare.settings import RowSettings
 from megatron_deft.data.prepare.tokenise import prepare_set
+from megatron_deft.files import hold_folder
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics, train_all
@@ -321,6 +322,15 @@ def test_a_folder_that_cannot_be_written_fails_alike_on_every_rank(
     heard = run_ranks(2, broken, config(base, tmp_path / "run"))
     assert heard[0] == heard[1]
     assert str(tmp_path / "run" / "data") in heard[0]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    cfg = config(base, tmp_path / "run", **{"train.steps": 1})
+    with hold_folder(tmp_path / "run", "run_dir"):
+        heard = run_ranks(2, refused, cfg)
+    assert "run is written by another process at this moment" in heard[0]
+    assert heard[0] == heard[1]
+    run_ranks(2, train_all, [cfg])  # the lock is gone with its holder
 
 
 def test_same_run_twice_is_the_same_to_the_last_digit(
