@@ -171,6 +171,29 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
+@contextmanager
+def hold_folder(folder: str | Path, key: str) -> Iterator[None]:
+    """Keep other processes out of a folder, made if absent, until the block ends or we die.
+
+    By a lock of the process on a file in it: processes that are forked meanwhile, and may outlive
+    this one by seconds, do not have it. Where the file system knows no locks nobody is kept out.
+
+    Errors: UserError when another process holds it, naming `key`.
+    """
+    path = Path(folder) / ".lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        try:
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"{key}={folder} is written by another process at this moment: wait for it, "
+                    f"or choose another {key}"
+                ) from None
+        yield
+
+
 def remove_abandoned(path: Path, kind: str) -> None:
     """Remove the `kind` ("tmp", "old") folders of `path` whose process was killed.
 

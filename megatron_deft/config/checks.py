@@ -80,8 +80,8 @@ def _check_training(cfg: RunConfig) -> None:
     data = cfg.data
     if train.val_every is not None and not (data.val_files or data.val_sets or data.split):
         raise UserError(
-            f"train.val_every={train.val_every} needs data.val_sets or data.val_files: name some, "
-            "or set null"
+            f"train.val_every={train.val_every} needs data.val_sets, data.val_files or data.split: "
+            "name some, or set null"
         )
 
 

@@ -13,12 +13,14 @@ from megatron_deft.config import checks
 from megatron_deft.config.checks import ModelShape
 from megatron_deft.config.values import (
     ABOVE_0,
+    ABOVE_0_EACH,
     AT_LEAST_0,
     AT_LEAST_1,
     BELOW_1,
     FRACTION,
     NAMES,
     NOT_EMPTY,
+    SEED,
     checked,
     key,
 )
@@ -117,7 +119,7 @@ class DataConfig(Section):
     )  # fmt: skip
     train_weights: tuple[float, ...] = key(
         "share of each of train_sets in what is trained on, of any sum; empty: every sample once "
-        "an epoch, whichever set it is in", ()
+        "an epoch, whichever set it is in", (), ABOVE_0_EACH
     )  # fmt: skip
     val_sets: tuple[str, ...] = key("validation data, likewise", (), NAMES)
     split: tuple[float, float] | None = key(
@@ -167,7 +169,9 @@ class DataConfig(Section):
     show_sample: bool = key("print the first sample with its trained tokens marked", True)
     shuffle: bool = key("a new order each epoch, drawn from seed", True)
     val_max_samples: int | None = key(
-        "validate on the first so many rows; null: all", None, AT_LEAST_1
+        "validate on the first so many samples, or rows of running text; null: all",
+        None,
+        AT_LEAST_1,
     )
     workers: int = key(
         "processes of each rank that read ahead; 0: the rank reads for itself, which is fast "
@@ -196,6 +200,14 @@ class DataConfig(Section):
                 f"data.train_weights={list(self.train_weights)}: expected one number for each of "
                 f"the {len(self.train_sets)} data.train_sets"
             )
+        if self.split is None:
+            return
+        for name in ("train_files", "val_sets", "val_files"):
+            if getattr(self, name):
+                raise UserError(
+                    f"data.split={list(self.split)} and data.{name} exclude each other: it cuts "
+                    "validation data off data.train_sets; set one of them to null"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +305,7 @@ class RunConfig(Section):
         "mean over the trained tokens of the global batch; or per micro-batch and rank, then over "
         "those (as the released trainers do); or per sample, then over samples", "token"
     )  # fmt: skip
-    seed: int = key("of data order, dropout and initialisation", 1234, AT_LEAST_0)
+    seed: int = key("of data order, dropout and initialisation", 1234, SEED)
     run_dir: str = key("folder of checkpoints, metrics and logs; made if absent", legal=NOT_EMPTY)
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -24,6 +24,9 @@ ABOVE_0 = Legal("> 0", lambda value: value > 0)
 FRACTION = Legal("in [0, 1]", lambda value: 0 <= value <= 1)
 BELOW_1 = Legal("in [0, 1)", lambda value: 0 <= value < 1)
 NOT_EMPTY = Legal("non-empty", bool)
+# Pipeline stages and tensor ranks add to it, and torch takes less than 2^64.
+SEED = Legal(">= 0 and < 2^63", lambda value: 0 <= value < 2**63)
+ABOVE_0_EACH = Legal("> 0", lambda value: value == () or value > 0)
 NAMES = Legal("non-empty names", lambda value: value == () or bool(value))
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -80,7 +81,8 @@ def load_steps(
 ) -> Iterator[Step]:
     """The steps of `batches`, one after another; `workers` processes read ahead where there are.
 
-    Errors: UserError when a worker dies, instead of waiting for it for ever.
+    Errors: UserError when a worker dies, instead of waiting for it for ever. Around what else the
+    process does between the steps, put naming_dead_readers.
     """
     if workers:
         # Workers make no tokens; without this the library warns of each that is forked.
@@ -97,17 +99,23 @@ def load_steps(
         # fork: a worker starts at once, and touches neither CUDA nor a process group
         multiprocessing_context="fork" if workers else None,
     )
-    steps = iter(loader)
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"data.workers={workers}: a process that reads the data died "
-                f"({' '.join(str(error).split())}): the machine may be short of memory; use fewer"
-            ) from error
-        yield step
+    with naming_dead_readers(workers):
+        yield from loader
+
+
+@contextmanager
+def naming_dead_readers(workers: int) -> Iterator[None]:
+    """The error of a worker that dies, as a UserError; for all that goes on while workers read.
+
+    torch hears of the death by a signal and raises wherever the process then is, mostly not where
+    it waits for data.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"data.workers={workers}: a process that reads the data died "
+            f"({' '.join(str(error).split())}): the machine may be short of memory; use fewer"
+        ) from error

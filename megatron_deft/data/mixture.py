@@ -45,6 +45,7 @@ class SampleRows:
     packed: rows hold several samples of one set; else each sample is a row.
     context_size: of the context-parallel group; packed samples are padded for it.
     seed: of which samples of equal length share a pack.
+    limit: only the first so many samples, over all sets; None: all.
     """
 
     def __init__(
@@ -54,22 +55,27 @@ class SampleRows:
         packed: bool,
         context_size: int,
         seed: int,
+        limit: int | None = None,
     ) -> None:
         self.sets, self.context_size = list(sets), context_size
+        ends = np.cumsum([0, *map(len, self.sets)])
+        if limit is not None:
+            ends = np.minimum(ends, limit)
+        self._counts = [int(count) for count in np.diff(ends)]
         self.max_length, self.packed, self.seed = max_length, packed, seed
 
     @cached_property
     def packs(self) -> list[Packs]:
         """The packs of each set."""
         return [
-            pack(positions(one.lengths, self.context_size), self.max_length, self.seed)
-            for one in self.sets
+            pack(positions(one.lengths[:count], self.context_size), self.max_length, self.seed)
+            for one, count in zip(self.sets, self._counts, strict=True)
         ]
 
     @cached_property
     def sizes(self) -> list[int]:
         """Rows of each set."""
-        return [len(one) for one in (self.packs if self.packed else self.sets)]
+        return [len(one) for one in self.packs] if self.packed else self._counts
 
     @cached_property
     def _firsts(self) -> Indices:
@@ -113,6 +119,8 @@ class SampleRows:
                 f"{one.path}: {len(one)} samples, {about['tokens']} tokens, "
                 f"{about['trained_tokens']} of them trained"
             )
+            if self._counts[number] < len(one):
+                line += f"; the first {self._counts[number]} samples are used"
             if self.packed:
                 packs = self.packs[number]
                 line += f"; in {len(packs)} rows of {self.max_length}, {packs.efficiency:.2%} full"

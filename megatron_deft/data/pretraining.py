@@ -8,6 +8,7 @@ many rows the whole run will take, so that a run resumed to train longer would r
 others; ours (data.sampler) do not.
 """
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from xxhash import xxh3_128
 
+from megatron_deft.data.manifest import MANIFEST, TOKENS, fingerprint, read_manifest
 from megatron_deft.data.sampler import Indices
 from megatron_deft.data.samples import Encoded
 from megatron_deft.errors import UserError
@@ -35,7 +37,8 @@ class TextRows:
 
     prefixes: what stands before .bin and .idx of each.
     share: the documents of each that count, from and to, as parts of 1.
-    cache: folder of the indices that GPTDataset makes once and maps from then on.
+    cache: folder of the indices that GPTDataset makes once and maps from then on, in a folder for
+        each state of each dataset.
     seed: of the documents' order.
     first: makes the indices before the other ranks look for them; called with the function that
         builds (see training.data).
@@ -58,7 +61,7 @@ class TextRows:
             first(partial(self._build, prefix, share, cache, seed)) for prefix in prefixes
         ]
         parts = [one.unique_description for one in self._datasets]
-        parts += [str(Path(f"{prefix}.bin").stat().st_size) for prefix in prefixes]
+        parts += [_key(prefix) for prefix in prefixes]
         self.fingerprint = str(xxh3_128("".join(parts).encode()).hexdigest())
         self._firsts = np.cumsum([0, *self.sizes])
 
@@ -86,7 +89,9 @@ class TextRows:
             sequence_length=self.length,
             blend=([prefix], None),
             split=f"{share[0]},{share[1]}",  # part of the cache's name; the documents are chosen
-            path_to_cache=str(cache),
+            # GPTDataset knows its indices by the data's name alone: those of a set that was
+            # prepared again under this name would point into documents that are no more.
+            path_to_cache=str(cache / _key(prefix)),
             tokenizer=_Tokenizer(),  # type: ignore[arg-type]
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -119,3 +124,17 @@ class TextRows:
     def describe(self) -> list[str]:
         """A line for each dataset."""
         return self._description
+
+
+def _key(prefix: str) -> str:
+    """Changes with the documents of an indexed dataset: their lengths, or any of their tokens.
+
+    A prepared set has the checksums in its manifest. Without one the tokens count by their size
+    alone: reading a whole corpus at every start would take too long.
+    """
+    path = Path(prefix)
+    if path.name == Path(TOKENS).stem and (path.parent / MANIFEST).exists():
+        found: Any = read_manifest(path.parent)["files"]
+    else:
+        found = [Path(f"{prefix}.bin").stat().st_size, fingerprint(Path(f"{prefix}.idx"))]
+    return str(xxh3_128(json.dumps(found, sort_keys=True).encode()).hexdigest())

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from megatron_deft.errors import UserError
 
 FILLER = -1  # the index of no row, where a validation pass does not divide evenly
-BLEND_PERIOD = 2**16  # a blend's order repeats after so many rows; weights are kept to 1 / 2**17
+BLEND_PERIOD = 2**16  # a blend's order repeats after so many rows; shares are multiples of 2**-16
 
 Indices = NDArray[np.int64]
 
@@ -57,8 +57,10 @@ class Stream:
 class Blend:
     """Several streams, each taken from in proportion to its weight, as evenly as can be.
 
-    Rows are numbered through: those of the second stream follow those of the first. However far the
-    run is, a stream's share of what was consumed is its weight's to within one row per stream.
+    Rows are numbered through: those of the second stream follow those of the first. Within a period
+    (BLEND_PERIOD rows) what was taken of a stream is its share to within one row per stream. That
+    share is its weight's to the nearest of 2^16, and so it stays however far the run is: of three
+    equal streams one has 1 row more than the others in every 65,536.
     A stream that is short of rows begins its next epoch.
     """
 

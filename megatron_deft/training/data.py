@@ -108,7 +108,10 @@ def _open(
     if check_sets(cfg.data, key, sets) == "pretrain":
         return _open_text(cfg, sets, tokenizer, validating)
     opened = [open_set(one, tokenizer) for one in sets]
-    return SampleRows(opened, cfg.data.max_length, cfg.data.pack, cfg.parallel.context, cfg.seed)
+    data, limit = cfg.data, cfg.data.val_max_samples if validating else None
+    return SampleRows(
+        opened, data.max_length, data.pack, cfg.parallel.context, cfg.seed, limit=limit
+    )
 
 
 def _open_text(cfg: RunConfig, sets: Sequence[str], tokenizer: Any, validating: bool) -> TextRows:
@@ -142,18 +145,18 @@ def _tokenise(
         prepare_set(out, files, folder, settings, workers=workers, reuse=True)
         return str(out)
 
-    return _on_rank_0(make)
+    return on_rank_0(make)
 
 
-def _on_rank_0(make: Callable[[], Built]) -> Built:
-    """What rank 0 makes, on every rank; its UserError too."""
+def on_rank_0(make: Callable[[], Built]) -> Built:
+    """What rank 0 makes, on every rank; its error too, if it is one that ends in a line."""
     answer: list[Any] = [None, None]
     # Tokenising may take longer than other collectives may.
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if dist.get_rank() == 0:
         try:
             answer[0] = make()
-        except UserError as error:
+        except (UserError, OSError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0, group=group)
     dist.destroy_process_group(group)
@@ -166,7 +169,7 @@ def _rank_0_first(build: Callable[[], Built]) -> Built:
     """Build on rank 0, which leaves files that spare the others the work, then on all others."""
     if dist.get_rank() == 0:
         built: list[Built] = []
-        _on_rank_0(lambda: built.append(build()))
+        on_rank_0(lambda: built.append(build()))
         return built[0]
-    _on_rank_0(build)
+    on_rank_0(build)
     return build()

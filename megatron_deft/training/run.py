@@ -2,8 +2,10 @@
 
 import os
 import warnings
+from contextlib import ExitStack
 
 from megatron_deft.config import RunConfig
+from megatron_deft.files import hold_folder
 from megatron_deft.training.base import read_base
 
 
@@ -37,12 +39,16 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
     initialize(cfg)
-    try:
-        from megatron_deft.training.trainer import Trainer  # imports megatron-core: now is safe
+    with ExitStack() as held:
+        held.callback(platform.shutdown)
+        # these import megatron-core: now is safe
+        from megatron_deft.data.loader import naming_dead_readers
+        from megatron_deft.training.data import on_rank_0
+        from megatron_deft.training.trainer import Trainer
 
+        on_rank_0(lambda: held.enter_context(hold_folder(cfg.run_dir, "run_dir")))
         trainer = Trainer(cfg, base)
-        metrics = trainer.run()
-    finally:
-        platform.shutdown()
+        with naming_dead_readers(cfg.data.workers):
+            metrics = trainer.run()
     trainer.exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank
     return metrics

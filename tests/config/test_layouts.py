@@ -79,7 +79,7 @@ def test_possible_layouts_pass():
         ({"optim": OptimConfig(warmup_steps=9), "train": TrainConfig(steps=5)}, 1,
          ["optim.warmup_steps=9", "train.steps=5"]),
         ({"train": TrainConfig(val_every=5)}, 1,
-         ["train.val_every=5", "data.val_sets or data.val_files"]),
+         ["train.val_every=5", "data.val_sets, data.val_files or data.split"]),
     ],
 )  # fmt: skip
 def test_impossible_runs_are_refused(sections, world, expected):

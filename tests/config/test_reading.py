@@ -206,6 +206,13 @@ def test_missing_keys_and_files(write, tmp_path):
     assert "UTF-8" in refusal(tmp_path / "binary.yaml")
 
 
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64])
+def test_a_seed_that_torch_cannot_take_is_refused(seed):
+    with pytest.raises(UserError, match=rf"seed={seed}: must be >= 0 and < 2\^63"):
+        make(seed=seed)
+    assert make(seed=2**63 - 1).seed == 2**63 - 1
+
+
 def test_sections_refuse_wrong_values_in_code_too():
     with pytest.raises(UserError, match=r"optim\.lr=-1\.0: must be > 0"):
         OptimConfig(lr=-1.0)
@@ -223,6 +230,16 @@ def test_sections_refuse_wrong_values_in_code_too():
             "{train_sets: [a, b], train_weights: [1]}",
             ["train_weights=[1.0]", "the 2 data.train_se"],
         ),
+        ("{train_sets: [a], train_weights: [0]}", ["data.train_weights=[0.0]: must be > 0"]),
+        ("{train_sets: [a], split: [1, 0]}", ["data.split=[1.0, 0.0]: must be > 0"]),
+        *(
+            (
+                f"{{train_sets: [a], split: [9, 1], {key}: [b]}}",
+                [f"data.split=[9.0, 1.0] and data.{key}"],
+            )
+            for key in ("val_sets", "val_files")
+        ),
+        ("{train_files: [a], split: [9, 1]}", ["data.split=[9.0, 1.0] and data.train_files"]),
     ],
 )
 def test_sets_and_files_that_do_not_go_together(write, data, expected):

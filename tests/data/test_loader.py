@@ -55,6 +55,19 @@ def test_every_sample_is_in_one_row(sets: list[TokenSet], packed: bool, context:
         assert used <= 32
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("limit", [3, 6, 8, 10, 99])
+def test_the_first_samples_are_those_of_the_sets_packed_or_not(
+    sets: list[TokenSet], packed: bool, limit: int
+) -> None:
+    """And not the first packs, which hold the longest samples."""
+    rows = SampleRows(sets, 32, packed, 1, seed=3, limit=limit)
+    found = [one for row in range(sum(rows.sizes)) for one in rows.documents(row)]
+    names = [1000 * n + 100 * s for n, lengths in enumerate(LENGTHS) for s in range(len(lengths))]
+    assert sorted(int(one.tokens[0]) for one in found) == names[:limit]
+    assert sum("are used" in line for line in rows.describe()) == (limit < 10) + (limit < 6)
+
+
 def test_the_fingerprint_is_of_what_rows_depend_on(sets: list[TokenSet]) -> None:
     same = SampleRows(sets, 32, True, 1, seed=3).fingerprint
     assert SampleRows(sets, 32, True, 1, seed=3).fingerprint == same

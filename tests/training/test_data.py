@@ -1,7 +1,12 @@
 """Runs on prepared sets: packed, blended, weighed, over context ranks, resumed at another size."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -10,6 +15,8 @@ import pytest
 from megatron_deft.config import RunConfig
 from megatron_deft.data.prepare.settings import RowSettings
 from megatron_deft.data.prepare.tokenise import prepare_set
+from megatron_deft.files import hold_folder
+from megatron_deft.training.run import run
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics, train_all
 from tests.training.test_trainer import refused, same_but_time, train_and_hear
@@ -173,6 +180,56 @@ def test_pretraining_on_running_text(base: Path, sets: Path, tmp_path: Path) -> 
         assert got == pytest.approx(want, rel=1e-4)
 
 
+def test_text_that_was_prepared_again_is_read_anew(base: Path, tmp_path: Path) -> None:
+    """Under the same name, so that what GPTDataset remembers of it no longer fits."""
+    file, out, run_dir = tmp_path / "text.jsonl", tmp_path / "set", tmp_path / "run"
+
+    def prepare(number: int) -> None:
+        texts = [{"text": f"number {i} and then {i * i}"} for i in range(number)]
+        file.write_text("\n".join(map(json.dumps, texts)))
+        form = RowSettings(format="text")
+        prepare_set(out, [str(file)], base / "hf", form, overwrite=True)
+
+    settings = {
+        "data.train_files": "[]", "data.train_sets": f"[{out}]", "data.max_length": 32,
+        "train.epochs": 1, "train.steps": "null", "train.global_batch": 1, "train.micro_batch": 1,
+        "optim.lr": 1e-30,
+    }  # fmt: skip
+    prepare(60)
+    run_ranks(1, train_all, [config(base, run_dir, **settings, **{"train.save_at_end": "true"})])
+    before = len(metrics(run_dir))
+    prepare(90)
+    more = {**settings, "train.epochs": 2, "train.resume": "must"}
+    said = run_ranks(1, train_and_hear, config(base, run_dir, **more))[0]
+    assert "the data, or how samples are packed, changed since" in said
+    assert len(metrics(run_dir)) > 2 * 1.4 * before
+    prepare(20)
+    fewer = {**settings, "train.epochs": 20, "train.resume": "must", "train.save_at_end": "false"}
+    run_ranks(1, train_and_hear, config(base, run_dir, **fewer))
+
+
+def killed_reader(rank: int, world: int, cfg: RunConfig) -> str:
+    """What the run says whose reader is killed between two looks at what it has read."""
+
+    def kill() -> None:
+        seen = Path(cfg.run_dir) / "metrics.jsonl"
+        while not seen.exists() or not seen.stat().st_size:
+            time.sleep(0.05)
+        os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL)
+
+    Thread(target=kill, daemon=True).start()
+    return refused(rank, world, cfg)
+
+
+def test_a_reader_that_is_killed_during_a_step_is_one_line(
+    base: Path, sets: Path, tmp_path: Path
+) -> None:
+    endless = {"data.workers": 1, "train.steps": 10**6}
+    cfg = config(base, tmp_path / "run", **on(sets, "one", **endless))
+    said = run_ranks(1, killed_reader, cfg)[0]
+    assert "data.workers=1: a process that reads the data died" in said
+
+
 def test_files_are_tokenised_once(base: Path, tmp_path: Path) -> None:
     """By one rank, into the run's folder; a resumed run uses the set, another file is read anew."""
     run_dir = tmp_path / "run"
@@ -249,6 +306,31 @@ def test_data_that_cannot_be_used_is_one_line_on_every_rank(
         assert message in heard[0][name], name
     assert "broken.jsonl line 1" in heard[0]["broken file"]
     assert heard[0] == heard[1]
+
+
+def broken(rank: int, world: int, cfg: RunConfig) -> str:
+    with pytest.raises(NotADirectoryError) as caught:
+        run(cfg)
+    return f"{caught.value.filename}: {caught.value.strerror}"
+
+
+def test_a_folder_that_cannot_be_written_fails_alike_on_every_rank(
+    base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "data").touch()
+    heard = run_ranks(2, broken, config(base, tmp_path / "run"))
+    assert heard[0] == heard[1]
+    assert str(tmp_path / "run" / "data") in heard[0]
+
+
+def test_a_second_run_in_the_same_folder_is_refused(base: Path, tmp_path: Path) -> None:
+    cfg = config(base, tmp_path / "run", **{"train.steps": 1})
+    with hold_folder(tmp_path / "run", "run_dir"):
+        heard = run_ranks(2, refused, cfg)
+    assert "run is written by another process at this moment" in heard[0]
+    assert heard[0] == heard[1]
+    run_ranks(2, train_all, [cfg])  # the lock is gone with its holder
 
 
 def test_same_run_twice_is_the_same_to_the_last_digit(
