@@ -23,6 +23,8 @@ from megatron_deft.data.sampler import Indices
 from megatron_deft.data.samples import Encoded
 from megatron_deft.errors import UserError
 
+_LOOKED_AT = 1 << 22  # tokens
+
 
 class _Tokenizer:
     """What GPTDataset asks of a tokenizer; it makes no ids and masks no token here."""
@@ -40,10 +42,12 @@ class TextRows:
     cache: folder of the indices that GPTDataset makes once and maps from then on, in a folder for
         each state of each dataset.
     seed: of the documents' order.
+    vocab_size: ids that the model's tokenizer has.
     first: makes the indices before the other ranks look for them; called with the function that
         builds (see training.data).
 
-    Errors: UserError for files that are no indexed dataset, and with too few tokens for one row.
+    Errors: UserError for files that are no indexed dataset or of another tokenizer, and with too
+    few tokens for one row.
     """
 
     def __init__(
@@ -53,19 +57,28 @@ class TextRows:
         share: tuple[float, float],
         cache: Path,
         seed: int,
+        vocab_size: int,
         first: Callable[[Callable[[], Any]], Any],
     ) -> None:
         self.length, self.packed = length, False
         self._description: list[str] = []
         self._datasets = [
-            first(partial(self._build, prefix, share, cache, seed)) for prefix in prefixes
+            first(partial(self._build, prefix, share, cache, seed, vocab_size))
+            for prefix in prefixes
         ]
         parts = [one.unique_description for one in self._datasets]
         parts += [_key(prefix) for prefix in prefixes]
         self.fingerprint = str(xxh3_128("".join(parts).encode()).hexdigest())
         self._firsts = np.cumsum([0, *self.sizes])
 
-    def _build(self, prefix: str, share: tuple[float, float], cache: Path, seed: int) -> Any:
+    def _build(
+        self,
+        prefix: str,
+        share: tuple[float, float],
+        cache: Path,
+        seed: int,
+        vocab_size: int,
+    ) -> Any:
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.datasets.utils import Split
@@ -76,6 +89,7 @@ class TextRows:
             raise UserError(
                 f"{prefix}.idx: no index that megatron-core can read ({error}): prepare it again"
             ) from None
+        _check_tokens(prefix, documents, vocab_size)
         begin, end = (round(part * len(documents)) for part in share)
         chosen = np.arange(begin, end, dtype=np.int32)
         tokens = int(documents.sequence_lengths[begin:end].sum(dtype=np.int64))
@@ -124,6 +138,27 @@ class TextRows:
     def describe(self) -> list[str]:
         """A line for each dataset."""
         return self._description
+
+
+def _check_tokens(prefix: str, documents: Any, vocab_size: int) -> None:
+    """Refuse a .bin that is too short for its index, and ids that the tokenizer has not.
+
+    An indexed dataset without a manifest does not say which tokenizer made it. Its first tokens
+    betray most: reading a whole corpus at every start would take too long.
+    """
+    path, dtype = Path(f"{prefix}.bin"), np.dtype(documents.index.dtype)
+    lengths, offsets = documents.sequence_lengths, documents.index.sequence_pointers
+    needed = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
+    if (size := path.stat().st_size) < needed:
+        raise UserError(
+            f"{path} is damaged: it has {size} bytes, its index names {needed}: prepare it again"
+        )
+    largest = int(np.fromfile(path, dtype, _LOOKED_AT).max(initial=0))
+    if largest >= vocab_size:
+        raise UserError(
+            f"{path} holds token {largest}, the model's tokenizer has {vocab_size}: it was made "
+            "with another one: prepare it again"
+        )
 
 
 def _key(prefix: str) -> str:

@@ -126,7 +126,8 @@ def _open_text(cfg: RunConfig, sets: Sequence[str], tokenizer: Any, validating: 
         border = cfg.data.split[0] / sum(cfg.data.split)
         share = (border, 1.0) if validating else (0.0, border)
     cache = Path(cfg.run_dir) / "data" / "index"
-    return TextRows(prefixes, cfg.data.max_length, share, cache, cfg.seed, _rank_0_first)
+    size = cfg.data.max_length
+    return TextRows(prefixes, size, share, cache, cfg.seed, len(tokenizer), _rank_0_first)
 
 
 def _tokenise(

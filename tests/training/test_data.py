@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from megatron_deft.config import RunConfig
+from megatron_deft.data.indexed import write_index
 from megatron_deft.data.prepare.settings import RowSettings
 from megatron_deft.data.prepare.tokenise import prepare_set
 from megatron_deft.files import hold_folder
@@ -298,6 +299,11 @@ def test_data_that_cannot_be_used_is_one_line_on_every_rank(
         if name == "other tokenizer":
             settings["model.load"] = tmp_path / "weights"
         cfgs[name] = config(base, tmp_path / name, **settings)
+    for name, keep in (("foreign", None), ("cut", -2)):
+        ids = np.arange(100, dtype=np.uint16)
+        (tmp_path / f"{name}.bin").write_bytes((ids * 40).tobytes()[:keep])
+        write_index(tmp_path / f"{name}.idx", [np.array([60, 40], np.int32)], "uint16")
+        cfgs[name] = config(base, tmp_path / f"run {name}", **on(tmp_path, name))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": [}\n')
     cfgs["broken file"] = config(base, tmp_path / "b", **{"data.train_files": f"[{broken}]"})
@@ -305,6 +311,8 @@ def test_data_that_cannot_be_used_is_one_line_on_every_rank(
     for name, (*_, message) in REFUSED.items():
         assert message in heard[0][name], name
     assert "broken.jsonl line 1" in heard[0]["broken file"]
+    assert "foreign.bin holds token 3960, the model's tokenizer has" in heard[0]["foreign"]
+    assert "cut.bin is damaged: it has 198 bytes, its index names 200" in heard[0]["cut"]
     assert heard[0] == heard[1]
 
 

@@ -43,6 +43,8 @@ OVERLAP: Keys = {"parallel.overlap_grad_reduce": "true"}
 BF16: Keys = {"model.dtype": "bf16"}
 DROPOUT: Keys = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 STILL: Keys = {"optim.lr": 1e-30}  # too small to change a bit of a weight
+PACKED: Keys = {"data.pack": "true", "data.max_length": 128}
+CP2: Keys = {"parallel.context": 2}
 OTHER_NUMBERS = {*BF16, *DROPOUT, *STILL}  # than one process's
 # Four micro-batches per rank where there are two data-parallel ranks, two where there are four.
 COMMON_KEYS: Keys = {"train.global_batch": 16, "train.save_every": 1, "optim.warmup_ratio": 0}
@@ -66,6 +68,10 @@ RUNS: dict[str, Run] = {
     "experts PP2 EP2 plain": Run("experts", PP2 | EP2 | PLAIN, (EP4,)),
     "experts EP2 plain bf16": Run("experts", EP2 | PLAIN | BF16, ({},)),
     "experts VPP2 EP2 dropout": Run("experts", VPP2 | EP2 | DROPOUT, (VPP2 | EP2,)),
+    "dense VPP2 packed": Run("dense", VPP2 | PACKED),
+    "experts VPP2 EP2 packed": Run("experts", VPP2 | EP2 | PACKED),
+    "experts TP2 EP2 packed": Run("experts", SEQUENCE | EP2 | PACKED),
+    "experts CP2 EP2": Run("experts", CP2 | EP2),
     "experts VPP2 EP2 still": Run("experts", VPP2 | EP2 | STILL),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
@@ -107,7 +113,11 @@ def curve(run_dir: Path) -> list[tuple[float, float]]:
 def trained(root: Path) -> Path:
     """The folder of RUNS, and of every MODEL in one process."""
     keys = {**COMMON_KEYS, "train.steps": 3, "data.val_files": f"[{root / 'val.jsonl'}]"}
-    whole = [config(root / name, root / f"{name} whole", **keys) for name in MODELS]
+    whole = [
+        config(root / name, root / f"{name} whole{form}", **keys, **changes)
+        for name in MODELS
+        for form, changes in (("", {}), (" packed", PACKED))
+    ]
     split = [config(root / r.model, root / name, **keys, **r.keys) for name, r in RUNS.items()]
     run_ranks(1, train_all, whole)
     run_ranks(RANKS, train_all, split)
@@ -141,7 +151,11 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
 
 @pytest.mark.parametrize("name", [n for n, run in RUNS.items() if not OTHER_NUMBERS & {*run.keys}])
 def test_a_layout_trains_as_one_process(trained: Path, name: str) -> None:
-    whole, split = trained / f"{RUNS[name].model} whole", trained / name
+    form = " packed" if name.endswith("packed") else ""
+    whole, split = trained / f"{RUNS[name].model} whole{form}", trained / name
+    if form:
+        plain = metrics(trained / f"{RUNS[name].model} whole")
+        assert metrics(whole)[0]["kept_tokens"] > 1.5 * plain[0]["kept_tokens"], "nothing packed"
     losses = curve(whole)
     assert losses[0][0] != pytest.approx(losses[-1][0], rel=1e-3), "nothing learned"
     assert curve(split)[0] == pytest.approx(losses[0], rel=1e-5)
