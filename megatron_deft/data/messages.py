@@ -111,7 +111,10 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
 
 def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-        raise UserError(f"{where}: expected an object with `role`, got {message!r:.80}")
+        hint = ""
+        if isinstance(message, Mapping) and {"from", "value"} <= set(message):
+            hint = ": ShareGPT's `from` and `value` are `role` (user, assistant) and `content` here"
+        raise UserError(f"{where}: expected an object with `role`, got {message!r:.80}{hint}")
     role, content, calls = message["role"], message.get("content"), message.get("tool_calls")
     if role not in _FOLLOWS:
         raise UserError(f"{where}.role: {role!r:.40} is none of {', '.join(_FOLLOWS)}")

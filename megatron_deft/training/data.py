@@ -98,7 +98,8 @@ def _stream(cfg: RunConfig, sizes: Sequence[int]) -> Stream | Blend:
     data = cfg.data
     if not data.train_weights:
         return Stream(sum(sizes), cfg.seed, data.shuffle)
-    streams = tuple(Stream(size, cfg.seed, data.shuffle) for size in sizes)
+    # seeds apart, or sets of one size would come in one order
+    streams = tuple(Stream(n, cfg.seed + i, data.shuffle) for i, n in enumerate(sizes))
     return Blend(streams, data.train_weights)
 
 

@@ -50,6 +50,11 @@ def test_legal_orders(messages: list[dict[str, Any]]) -> None:
         ([USER, {"role": "bot", "content": ""}], "messages[1].role: 'bot' is none of system, dev"),
         ([{"role": None, "content": ""}], "messages[0]: expected an object with `role`"),
         ([USER, "x"], "messages[1]: expected an object with `role`"),
+        (
+            [{"from": "human", "value": "x"}],
+            "messages[0]: expected an object with `role`, got {'from': 'human', 'value': 'x'}: "
+            "ShareGPT's `from` and `value` are `role` (user, assistant) and `content` here",
+        ),
         ([{"role": "user", "content": None}], "messages[0].content: expected a string, got null"),
         ([{"role": "user"}], "messages[0].content: expected a string, got null"),
         ([{"role": "user", "content": ["x"]}], "messages[0].content: expected a string, got list"),

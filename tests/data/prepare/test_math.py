@@ -1,6 +1,8 @@
 r"""The math data sets: released columns, answers, splits, and every way a source can be bad."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -277,3 +279,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         assert main([*again, option, "x"]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_the_script_is_the_command(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "n.jsonl", NUMINA_ROWS)
+    script = Path(__file__).parents[3] / "tools" / "prepare_data.py"
+    out = tmp_path / "out"
+    command = [sys.executable, script, "math", out, "--source", file, "--val-size", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{out}: ")
+    assert len(read(out)) == len(NUMINA_ROWS)
