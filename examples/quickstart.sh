@@ -47,24 +47,29 @@ step "2. A tiny Llama: random weights, a tokenizer learnt from the data"
 run megatron-deft tiny "$out/random" --corpus "$out/data/train.parquet" --rows 4000 \
   --split '\n+| {4,}|[A-Z](?![a-z ])' --vocab-size 768 --hidden-size 128 --layers 2
 
-step "3. A base worth fine-tuning: Hugging Face -> Megatron, then a short warm-up with plain NLL"
+step "3. The data as tokens, once for all runs"
+run megatron-deft prepare chat "$out/set" "$out/data/train.parquet" --tokenizer "$out/random" \
+  --format messages --max-length 256
+run megatron-deft inspect data "$out/set" --n 1
+
+step "4. A base worth fine-tuning: Hugging Face -> Megatron, then a short warm-up with plain NLL"
 run megatron-deft convert import "$out/random" "$out/random-megatron"
 run megatron-deft train "$config" --nproc-per-node 2 objective=nll optim.lr=0.003 \
   run_dir="$out/base-run" model.load="$out/random-megatron" train.steps="$warmup_steps" \
-  data.train_files="$out/data/train.parquet"
+  data.train_sets="$out/set"
 run megatron-deft convert export "$out/base-run" "$out/base"
 
-step "4. DEFT fine-tuning, tensor parallel over 2 processes, and back to Hugging Face"
+step "5. DEFT fine-tuning, tensor parallel over 2 processes, and back to Hugging Face"
 run megatron-deft convert import "$out/base" "$out/base-megatron"
 for objective in $objectives; do
   run env OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m megatron_deft.train "$config" \
     objective="$objective" parallel.tensor=2 run_dir="$out/$objective-run" \
     model.load="$out/base-megatron" train.steps="$steps" \
-    data.train_files="$out/data/train.parquet" data.show_sample=false
+    data.train_sets="$out/set" data.show_sample=false
   run megatron-deft convert export "$out/$objective-run" "$out/$objective"
 done
 
-step "5. Score base and fine-tuned models on held-out words"
+step "6. Score base and fine-tuned models on held-out words"
 # shellcheck disable=SC2086
 run megatron-deft evaluate figfont "$out/base" $(printf "$out/%s " $objectives) \
   --data "$out/data/test.parquet" --out "$out/results.json" --max-new-tokens 8

@@ -74,12 +74,14 @@ def _tiny(args: Arguments) -> int:
 
 def _train(args: Arguments) -> int:
     from megatron_deft.config import config_help, dump_yaml, load_config
-    from megatron_deft.training.base import read_base
-    from megatron_deft.training.run import run
 
     if args.help_config:
         print(config_help())
         return 0
+    from megatron_deft.data.check import check_data
+    from megatron_deft.training.base import read_base
+    from megatron_deft.training.run import run
+
     if args.config is None:
         raise UserError("train needs a configuration file: megatron-deft train CONFIG")
     nodes = Nodes(args.nproc_per_node, args.nnodes, args.node_rank, args.rdzv_endpoint)
@@ -90,6 +92,7 @@ def _train(args: Arguments) -> int:
     world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
     config = load_config(args.config, overrides)
     config.validate(world_size, read_base(config.model).spec)
+    check_data(config.data)
     if args.dry_run:
         ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
         print(dump_yaml(config), end="")

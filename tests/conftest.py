@@ -14,6 +14,8 @@ if WORKERS:
 LONGEST = (
     "training/test_trainer",
     "training/test_layouts",
+    "data/prepare/test_tokenise",
+    "training/test_data",
     "models/test_layouts",
     "convert/test_layouts",
     "convert/test_interrupted",
@@ -28,6 +30,8 @@ LONGEST = (
     "platform/test_parallel",
     "loss/test_random_cases",
     "convert/test_hf",
+    "data/prepare/test_sources",
+    "models/test_packed",
     "benchmarks/test_convert",
 )
 

@@ -62,11 +62,12 @@ def weights(tmp_path):
 
 @pytest.fixture
 def run_yaml(tmp_path, weights):
-    path = tmp_path / "run.yaml"
+    path, data = tmp_path / "run.yaml", tmp_path / "train.jsonl"
+    data.write_text('{"extra_info": {"question": "1 + 1?", "answer": "2"}}\n')
     content = {
         "run_dir": str(tmp_path / "run"),
         "model": {"load": str(weights)},
-        "data": {"train_files": ["train.parquet"]},
+        "data": {"train_files": [str(data)]},
     }
     path.write_text(yaml.safe_dump(content))
     return str(path)
@@ -200,6 +201,17 @@ def test_dry_run_prints_the_resolved_configuration(run_yaml, capsys, tmp_path):
     assert load_config(tmp_path / "resolved.yaml") == expected
     assert "# 32 micro-batches per step" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_looks_at_the_data(run_yaml, capsys, tmp_path):
+    for data, message in (
+        ("train_files=[absent.jsonl]", "absent.jsonl: no such file"),
+        ("prompt_key=prompt", "no column prompt, it has extra_info"),
+        ("train_sets=[absent]", "data.train_sets and data.train_files are both set"),
+        ("val_sets=[absent]", "absent.bin: no such file"),
+    ):
+        assert message in failure(capsys, "train", run_yaml, f"data.{data}", "data.format=columns",
+                                  "--dry-run")  # fmt: skip
 
 
 def test_dry_run_of_many_processes(run_yaml, capsys):

@@ -25,7 +25,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     # every command is printed before it runs
     commands = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert len(commands) == 9  # of which two convert to Megatron and two back
+    assert len(commands) == 11  # of which two convert to Megatron and two back
     assert any(line.startswith("$ env OMP_NUM_THREADS=1 torchrun ") for line in commands)
     assert "⟦" in done.stdout  # the mask of the first sample
     assert "step 8/8 | loss " in done.stdout

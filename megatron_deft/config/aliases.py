@@ -40,6 +40,8 @@ RENAMED: dict[str, Rename] = {
     "data.micro_batch_size": Rename("train.micro_batch", unset=(None,)),
     "data.multiturn.enable": _switch("data.format", "messages"),
     "data.multiturn.messages_key": Rename("data.messages_key"),
+    "data.multiturn.tools_key": Rename("data.tools_key", unset=(None,)),
+    "data.chat_template": Rename("data.template", unset=("",)),
     "model.partial_pretrain": Rename("model.hf"),
     "model.enable_gradient_checkpointing": Rename("model.recompute", {True: "full", False: "none"}),
     "model.fsdp_config.model_dtype": Rename("model.dtype", {"bfloat16": "bf16", "float32": "fp32"}),
@@ -89,6 +91,11 @@ RENAMED: dict[str, Rename] = {
     "pipeline_model_parallel_size": Rename("parallel.pipeline"),
     "expert_model_parallel_size": Rename("parallel.expert"),
     "sequence_parallel": Rename("parallel.sequence"),
+    "context_parallel_size": Rename("parallel.context"),
+    "packing": Rename("data.pack"),
+    "neat_packing": Rename("data.pack"),
+    "preprocessing_num_workers": Rename("data.prepare_workers"),
+    "dataloader_num_workers": Rename("data.workers"),
 }
 
 NO_EFFECT: dict[str, str] = {
@@ -108,10 +115,8 @@ _NONE = (None, "", 0, False)
 ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.balance_dp_token": (
         (False,), "reduction=token already weighs every token alike over all ranks"),
-    "data.chat_template": (_NONE, "the template of the model's tokenizer is used"),
     "data.custom_cls.path": (_NONE, "data.format selects how rows are read"),
     "data.custom_cls.name": (_NONE, "data.format selects how rows are read"),
-    "data.multiturn.tools_key": ((None, "tools"), "tool definitions are not supported"),
     "model.external_lib": (_NONE, "no code is loaded from a configuration"),
     "model.trust_remote_code": (_NONE, "no code is loaded from a model folder"),
     "model.lora_rank": (_NONE, "every weight is trained; low-rank adapters are not supported"),

@@ -92,6 +92,8 @@ def _check_layout(cfg: RunConfig, world_size: int) -> None:
             "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
             "set it to false, or parallel.tensor to 2 or more"
         )
+    if parallel.context > 1:
+        _check_context(cfg)
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size < 1 or world_size % model_size:
         raise UserError(
@@ -105,6 +107,22 @@ def _check_layout(cfg: RunConfig, world_size: int) -> None:
             f"train.global_batch={train.global_batch}: must be a multiple of "
             f"train.micro_batch={train.micro_batch} x {ranks} data-parallel ranks = "
             f"{train.micro_batch * ranks}"
+        )
+
+
+def _check_context(cfg: RunConfig) -> None:
+    name, model, data = f"parallel.context={cfg.parallel.context}", cfg.model, cfg.data
+    for key in ("attention_dropout", "hidden_dropout"):
+        if getattr(model, key):
+            raise UserError(
+                f"model.{key}={getattr(model, key):g} with {name}: the ranks that share a sequence "
+                "would drop alike; set it to 0"
+            )
+    multiple = 2 * cfg.parallel.context
+    if data.pack and data.max_length % multiple:
+        raise UserError(
+            f"data.max_length={data.max_length} with data.pack=true and {name}: must be a multiple "
+            f"of {multiple}, such as {-(-data.max_length // multiple) * multiple}"
         )
 
 

@@ -122,7 +122,7 @@ class DataConfig(Section):
     val_sets: tuple[str, ...] = key("validation data, likewise", (), NAMES)
     split: tuple[float, float] | None = key(
         "pretraining: shares of each set's documents to train and to validate on; null: all of "
-        "train_sets to train on", None, AT_LEAST_0
+        "train_sets to train on", None, ABOVE_0
     )  # fmt: skip
     train_files: tuple[str, ...] = key(
         "training files, parquet or JSONL, in the place of train_sets; they are tokenised when the "
@@ -186,6 +186,11 @@ class DataConfig(Section):
                     f"data.{sets} and data.{files} are both set: `megatron-deft prepare` makes a "
                     "set of files; name sets alone, or files alone"
                 )
+        if self.split is not None and (self.val_sets or self.val_files):
+            raise UserError(
+                "data.split and data.val_sets are both set: validate on a part of train_sets, or "
+                "on val_sets"
+            )
         if self.train_weights and len(self.train_weights) != len(self.train_sets):
             raise UserError(
                 f"data.train_weights={list(self.train_weights)}: expected one number for each of "

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from megatron_deft.data.task import TASK_BYTES, TASK_ROWS, Items, RowError, Task, one_line
+from megatron_deft.data.task import TASK_BYTES, TASK_ROWS, Items, RowError, Task, one_line, stamp
 from megatron_deft.errors import UserError
 
 _ARRAY_LIMIT = 1 << 30  # bytes of a file that has to be read whole
@@ -159,9 +159,14 @@ def is_array(path: Path) -> bool:
         return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
 
 
-@lru_cache(maxsize=1)
 def _array(file: str) -> list[Any]:
-    size = Path(file).stat().st_size
+    return read_array(file, stamp(file))
+
+
+@lru_cache(maxsize=1)
+def read_array(file: str, stamp: tuple[int, int]) -> list[Any]:
+    """The items of a file that is one array. Errors: UserError when it is too large or none."""
+    size = stamp[0]
     if size > _ARRAY_LIMIT:
         raise UserError(
             f"{file}: one array of {size / 1e9:.1f} GB, and each worker would read it whole: make "

@@ -29,6 +29,8 @@ _RULES = {  # a role -> what to say where it stands wrongly
     "assistant": "an assistant turn follows a user or a tool message: join two turns into one",
     "tool": "a tool message follows an assistant turn with tool_calls, or another tool message",
 }
+# What a turn's thoughts are called; templates read the first or the second, as transformers 5 does.
+_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _LARGEST = 3.4e38  # what float32 holds, about
 
 
@@ -125,6 +127,9 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     }
     if calls:
         clean["tool_calls"] = _calls(f"{where}.tool_calls", calls)
+    thoughts = next((clean[key] for key in _THOUGHTS if key in clean), None)
+    if thoughts is not None:
+        clean = {"thinking": thoughts, **clean, "reasoning_content": thoughts}
     return clean
 
 

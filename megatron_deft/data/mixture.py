@@ -13,7 +13,6 @@ from megatron_deft.data.indexed import TokenSet
 from megatron_deft.data.packing import Packs, pack
 from megatron_deft.data.sampler import Indices
 from megatron_deft.data.samples import Encoded
-from megatron_deft.errors import UserError
 
 
 class Rows(Protocol):
@@ -41,13 +40,11 @@ class Rows(Protocol):
 class SampleRows:
     """Rows of prepared sets for fine-tuning.
 
-    sets: opened; those of pretraining are refused by the caller.
-    max_length: tokens of the longest sample, and positions of a packed row.
+    sets: opened; none has a sample of more than max_length tokens (see data.check).
+    max_length: positions of a packed row.
     packed: rows hold several samples of one set; else each sample is a row.
     context_size: of the context-parallel group; packed samples are padded for it.
     seed: of which samples of equal length share a pack.
-
-    Errors: UserError for a set with longer samples.
     """
 
     def __init__(
@@ -58,13 +55,6 @@ class SampleRows:
         context_size: int,
         seed: int,
     ) -> None:
-        for one in sets:
-            if one.manifest["longest"] > max_length:
-                raise UserError(
-                    f"{one.path}: its longest sample has {one.manifest['longest']} tokens, "
-                    f"data.max_length is {max_length}: raise it, or prepare the set again with "
-                    f"--max-length {max_length}"
-                )
         self.sets, self.context_size = list(sets), context_size
         self.max_length, self.packed, self.seed = max_length, packed, seed
 

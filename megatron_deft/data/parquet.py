@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megatron_deft.data.jsonl import slices
-from megatron_deft.data.task import Items, RowError, Task, one_line
+from megatron_deft.data.task import Items, RowError, Task, one_line, stamp
 from megatron_deft.errors import UserError
 
 _ROWS_AT_ONCE = 512
@@ -44,7 +44,7 @@ class Parquet:
     @staticmethod
     def rows(task: Task, columns: Sequence[str]) -> Items:
         """The rows of the task, with those of `columns` that the file has."""
-        table = _row_group(task.file, task.group, tuple(columns))
+        table = read_group(task.file, stamp(task.file), task.group, tuple(columns))
         count = task.stop - task.start
         for start in range(0, count, _ROWS_AT_ONCE):
             yield from _read(table.slice(task.skip + start, min(_ROWS_AT_ONCE, count - start)))
@@ -80,7 +80,9 @@ def _size(group: pq.RowGroupMetaData, columns: Sequence[str]) -> int:
 
 
 @lru_cache(maxsize=1)  # tasks come in order, so a worker mostly stays in its row group
-def _row_group(file: str, group: int, columns: tuple[str, ...]) -> pa.Table:
+def read_group(file: str, stamp: tuple[int, int], group: int, columns: tuple[str, ...]) -> pa.Table:
+    """A row group's `columns`. Errors: UserError when it cannot be read."""
+    del stamp  # a file that has changed is read again
     with _open(Path(file)) as source:
         present = [name for name in source.schema_arrow.names if name in columns]
         try:

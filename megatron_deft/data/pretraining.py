@@ -40,8 +40,7 @@ class TextRows:
     first: makes the indices before the other ranks look for them; called with the function that
         builds (see training.data).
 
-    Errors: UserError for files that are missing or no indexed dataset, and with too few tokens for
-    one row.
+    Errors: UserError for files that are no indexed dataset, and with too few tokens for one row.
     """
 
     def __init__(
@@ -68,12 +67,6 @@ class TextRows:
         from megatron.core.datasets.indexed_dataset import IndexedDataset
         from megatron.core.datasets.utils import Split
 
-        for ending in (".bin", ".idx"):
-            if not Path(prefix + ending).is_file():
-                raise UserError(
-                    f"{prefix}{ending}: no such file: name a folder of `megatron-deft prepare`, or "
-                    "what stands before .bin and .idx of an indexed dataset"
-                )
         try:
             documents = IndexedDataset(prefix)
         except (AssertionError, ValueError, KeyError) as error:

@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_deft.data.jsonl import Array, Lines, is_array
-from megatron_deft.data.parquet import Parquet
+from megatron_deft.data.jsonl import Array, Lines, is_array, read_array
+from megatron_deft.data.parquet import Parquet, read_group
 from megatron_deft.data.task import Items, RowError, Task
 from megatron_deft.errors import UserError
 
@@ -166,6 +166,12 @@ def _source(file: str) -> Source:
     if path.suffix == ".parquet":
         return Parquet
     return Array if path.suffix == ".json" and is_array(path) else Lines
+
+
+def release() -> None:
+    """Let go of the file that was read last, of which a good part may be in memory."""
+    read_array.cache_clear()
+    read_group.cache_clear()
 
 
 def strings(value: Any) -> Iterator[str]:

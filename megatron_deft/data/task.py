@@ -1,5 +1,6 @@
 """A piece of a source file that one worker reads at a time, and a row that cannot be used."""
 
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,12 @@ class RowError(UserError):
 # Each row of a task, or why it cannot be read; None for a line that is empty.
 Item = Mapping[str, Any] | RowError | None
 Items = Iterator[Item]
+
+
+def stamp(file: str) -> tuple[int, int]:
+    """Size and time of the last change of a file: another one, and it is another file."""
+    found = os.stat(file)
+    return found.st_size, found.st_mtime_ns
 
 
 def one_line(error: BaseException) -> str:

@@ -25,6 +25,7 @@ from megatron_deft.errors import UserError
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]  # messages, whether to open a turn
 
 _DATE = datetime(2024, 7, 26)
+_METHODS = frozenset(dir(dict))
 
 
 class _Named(NamedTuple):
@@ -36,7 +37,7 @@ class _Named(NamedTuple):
 _NO_TOOLS = """\
 {%- if tools %}{{ raise_exception("NAME has no tools: use qwen or llama3") }}{% endif %}
 {%- for message in messages %}
-    {%- if message['role'] == 'tool' or message['tool_calls'] %}
+    {%- if message['role'] == 'tool' or 'tool_calls' in message %}
         {{- raise_exception("NAME has no tool calls: use qwen or llama3") }}
     {%- endif %}
 {%- endfor %}
@@ -75,13 +76,16 @@ _QWEN = """\
         {%- if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<|im_end|>\\n' }}{% endif %}
     {%- else %}
         {{- '<|im_start|>' + message['role'] }}
-        {%- if message['content'] or not message['tool_calls'] %}
+        {%- if message['content'] or 'tool_calls' not in message %}
             {{- '\\n' + message['content'] }}
         {%- endif %}
-        {%- for call in message['tool_calls'] or [] %}
-            {{- '\\n<tool_call>\\n{"name": "' + call['function']['name'] + '", "arguments": ' }}
-            {{- call['function']['arguments'] | tojson + '}\\n</tool_call>' }}
-        {%- endfor %}
+        {%- if 'tool_calls' in message %}
+            {%- for call in message['tool_calls'] %}
+                {{- '\\n<tool_call>\\n{"name": "' + call['function']['name'] }}
+                {{- '", "arguments": ' + call['function']['arguments'] | tojson }}
+                {{- '}\\n</tool_call>' }}
+            {%- endfor %}
+        {%- endif %}
         {{- '<|im_end|>\\n' }}
     {%- endif %}
 {%- endfor %}
@@ -89,12 +93,13 @@ _QWEN = """\
 """
 
 _LLAMA3 = """\
-{%- macro open(role) %}{{ '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' }}{% endmacro %}
 {%- set turns = messages %}
+{%- set open = '<|start_header_id|>' %}
+{%- set close = '<|end_header_id|>\\n\\n' %}
 {{- bos_token }}
 {%- if tools %}
-    {{- open('system') + 'Environment: ipython\\nCutting Knowledge Date: December 2023\\n' }}
-    {{- 'Today Date: 26 Jul 2024\\n\\n' }}
+    {{- open + 'system' + close + 'Environment: ipython\\n' }}
+    {{- 'Cutting Knowledge Date: December 2023\\nToday Date: 26 Jul 2024\\n\\n' }}
     {%- if turns[0]['role'] == 'system' %}
         {{- turns[0]['content'] | trim }}
         {%- set turns = turns[1:] %}
@@ -103,8 +108,8 @@ _LLAMA3 = """\
     {%- if not turns or turns[0]['role'] != 'user' %}
         {{- raise_exception('llama3 puts the tools into the first user message: there is none') }}
     {%- endif %}
-    {{- open('user') + 'Given the following functions, please respond with a JSON for a ' }}
-    {{- 'function call with its proper arguments that best answers the given prompt.\\n\\n' }}
+    {{- open + 'user' + close + 'Given the following functions, please respond with a JSON ' }}
+    {{- 'for a function call with its proper arguments that best answers the given prompt.\\n\\n' }}
     {{- 'Respond in the format {"name": function name, "parameters": dictionary of argument ' }}
     {{- 'name and its value}.Do not use variables.\\n\\n' }}
     {%- for tool in tools %}{{ tool | tojson(indent=4) + '\\n\\n' }}{% endfor %}
@@ -112,21 +117,21 @@ _LLAMA3 = """\
     {%- set turns = turns[1:] %}
 {%- endif %}
 {%- for message in turns %}
-    {%- if message['tool_calls'] %}
+    {%- if 'tool_calls' in message %}
         {%- if message['tool_calls'] | length != 1 or message['content'] %}
             {{- raise_exception('llama3 writes one tool call in a turn, and no text beside it') }}
         {%- endif %}
         {%- set call = message['tool_calls'][0]['function'] %}
-        {{- open('assistant') + '{"name": "' + call['name'] + '", "parameters": ' }}
+        {{- open + 'assistant' + close + '{"name": "' + call['name'] + '", "parameters": ' }}
         {{- call['arguments'] | tojson + '}' }}
     {%- elif message['role'] == 'tool' %}
-        {{- open('ipython') + message['content'] | tojson }}
+        {{- open + 'ipython' + close + message['content'] | tojson }}
     {%- else %}
-        {{- open(message['role']) + message['content'] | trim }}
+        {{- open + message['role'] + close + message['content'] | trim }}
     {%- endif %}
     {{- '<|eot_id|>' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ open('assistant') }}{% endif %}
+{%- if add_generation_prompt %}{{ open + 'assistant' + close }}{% endif %}
 """
 
 _DEEPSEEK = """\
@@ -250,12 +255,12 @@ def _compiler() -> Callable[[str], Any] | None:
 
 @lru_cache(maxsize=16)
 def _compile(text: str) -> _Compiled:
-    from jinja2 import Environment, meta
+    from jinja2 import meta
 
     compiler = _compiler()
     if compiler is None:
         return _Compiled(None, "eos_token" in text)
-    environment: Environment = compiler(text).environment
+    environment = _with_quick_dicts(compiler(text).environment)
     template = environment.from_string(text)  # ours, so that its globals may be changed
     template.globals = {**template.globals, "strftime_now": _DATE.strftime}
     return _Compiled(
@@ -263,17 +268,36 @@ def _compile(text: str) -> _Compiled:
     )
 
 
-def _fast_renderer(tokenizer: Any, template: Any, tools: list[dict[str, Any]] | None) -> Render:
-    from transformers.utils import chat_template_utils
+def _with_quick_dicts(environment: Any) -> Any:
+    """The environment, reading a key of a plain dict without the sandbox's detours.
 
-    # Transformers 5 gives a message's thoughts every name that some template knows them by.
-    alias = getattr(chat_template_utils, "_alias_reasoning_fields", list)
+    The sandbox looks for an attribute and for a key, in one order or the other, and takes most of a
+    rendering's time for it. A dict has no attributes but its methods, so for every other name both
+    orders come to the key.
+    """
+    environment = environment.overlay()  # transformers keeps the one it has
+
+    def quickly(otherwise: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def read(obj: Any, name: Any) -> Any:
+            if type(obj) is dict and type(name) is str and name not in _METHODS:
+                try:
+                    return obj[name]
+                except KeyError:
+                    return environment.undefined(obj=obj, name=name)
+            return otherwise(obj, name)
+
+        return read
+
+    environment.getattr = quickly(environment.getattr)
+    environment.getitem = quickly(environment.getitem)
+    return environment
+
+
+def _fast_renderer(tokenizer: Any, template: Any, tools: list[dict[str, Any]] | None) -> Render:
     fixed = {**tokenizer.special_tokens_map, "tools": tools, "documents": None}
 
     def draw(messages: Sequence[Mapping[str, Any]], generation: bool) -> str:
-        return str(
-            template.render(**fixed, messages=alias(messages), add_generation_prompt=generation)
-        )
+        return str(template.render(**fixed, messages=messages, add_generation_prompt=generation))
 
     return draw
 

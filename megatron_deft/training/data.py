@@ -11,9 +11,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_deft.config import RunConfig
+from megatron_deft.data.check import check_sets
 from megatron_deft.data.indexed import open_set
 from megatron_deft.data.loader import Share
-from megatron_deft.data.manifest import MANIFEST, TOKENS
+from megatron_deft.data.manifest import TOKENS
 from megatron_deft.data.mixture import Rows, SampleRows
 from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.data.prepare.tokenise import RowSettings, prepare_set
@@ -60,11 +61,6 @@ def open_data(cfg: RunConfig, tokenizer: Any, folder: Path) -> Data:
         val_sets = (_tokenise(cfg, "val", data.val_files, data.val_max_samples, folder),)
     train, val = _open(cfg, train_sets, tokenizer, "train_sets"), None
     if data.split is not None:
-        if not isinstance(train, TextRows):
-            raise UserError(
-                "data.split is for pretraining, and data.train_sets holds samples: name "
-                "data.val_sets"
-            )
         val = _open(cfg, train_sets, tokenizer, "train_sets", validating=True)
     elif val_sets:
         val = _open(cfg, val_sets, tokenizer, "val_sets", validating=True)
@@ -109,26 +105,13 @@ def _stream(cfg: RunConfig, sizes: Sequence[int]) -> Stream | Blend:
 def _open(
     cfg: RunConfig, sets: Sequence[str], tokenizer: Any, key: str, validating: bool = False
 ) -> SampleRows | TextRows:
-    kinds = {one: _kind(one) for one in sets}
-    if len(set(kinds.values())) > 1:
-        shown = ", ".join(f"{one} ({kind})" for one, kind in kinds.items())
-        raise UserError(f"data.{key}: samples and running text do not mix: {shown}")
-    if set(kinds.values()) == {"pretrain"}:
+    if check_sets(cfg.data, key, sets) == "pretrain":
         return _open_text(cfg, sets, tokenizer, validating)
     opened = [open_set(one, tokenizer) for one in sets]
     return SampleRows(opened, cfg.data.max_length, cfg.data.pack, cfg.parallel.context, cfg.seed)
 
 
-def _kind(path: str) -> str:
-    """Of a set; what stands before .bin and .idx is running text."""
-    if (Path(path) / MANIFEST).exists() or Path(path).is_dir():
-        return str(open_set(path).manifest["kind"])
-    return "pretrain"
-
-
 def _open_text(cfg: RunConfig, sets: Sequence[str], tokenizer: Any, validating: bool) -> TextRows:
-    if cfg.data.pack:
-        raise UserError("data.pack is for samples; rows of running text are always full")
     prefixes = []
     for one in sets:
         if Path(one).is_dir():
@@ -155,6 +138,7 @@ def _tokenise(
 
     def make() -> str:
         workers = data.prepare_workers or available_cores()
+        print(f"{name}: {', '.join(files)} as tokens in {out}", flush=True)
         prepare_set(out, files, folder, settings, workers=workers, reuse=True)
         return str(out)
 

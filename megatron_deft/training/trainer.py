@@ -39,7 +39,8 @@ from megatron_deft.training.step import StepDenominator, forward_step
 
 # What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
 FREE_KEYS = (
-    "run_dir", "parallel", "monitor", "model.load", "model.hf", "checkpoint", "data.show_sample"
+    "run_dir", "parallel", "monitor", "model.load", "model.hf", "checkpoint", "data.show_sample",
+    "data.workers", "data.prepare_workers",
 )  # fmt: skip
 
 

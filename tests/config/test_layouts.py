@@ -60,6 +60,12 @@ def test_possible_layouts_pass():
     [
         ({"objective": "defft"}, 1, ["defft", "deft"]),
         ({"objective": "OnlyTopP-2"}, 1, ["OnlyTopP-2", "0 <= t < 1"]),
+        ({"parallel": ParallelConfig(context=2),
+          "model": ModelConfig(load="w", hidden_dropout=0.1)}, 2,
+         ["model.hidden_dropout=0.1", "parallel.context=2"]),
+        ({"parallel": ParallelConfig(context=2),
+          "data": DataConfig(train_files=("a",), pack=True, max_length=1023)}, 2,
+         ["data.max_length=1023", "multiple of 4, such as 1024"]),
         ({"parallel": ParallelConfig(sequence=True)}, 1, ["parallel.sequence=true", "tensor=1"]),
         ({"parallel": ParallelConfig(tensor=2, pipeline=3)}, 4, ["4 processes", "multiple of 6"]),
         ({}, 0, ["0 processes"]),

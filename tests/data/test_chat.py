@@ -1,6 +1,7 @@
 """Masks are exact for every template, and ids are what the tokenizer makes of the whole text."""
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -231,6 +232,77 @@ def test_no_template_names_the_remedy(with_template: Callable[..., Any]) -> None
     with pytest.raises(UserError, match="no chat template"):
         render_columns(tokenizer, "question", "answer")
     assert render_columns(tokenizer, "Q: ", "A", use_original_prompt=True).pieces[0] == "Q: "
+
+
+TOOLS = [{"name": "look", "parameters": {"type": "object"}}]
+CALL = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {"at": "it"}}]}
+CALLED = [USER, CALL, {"role": "tool", "content": "HI"}, {"role": "assistant", "content": "HI"}]
+# As DeepSeek's: the arguments are added to a text, so they must be one. As Hermes': an object.
+WRITES_CALLS = CHATML.replace(
+    "m.content",
+    "(m.content or '') + (m.tool_calls[0].function.name + ARGUMENTS if m.tool_calls else '')",
+)
+WRITES_TOOLS = "{% if tools %}{{ tools | tojson + '\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("arguments", ["ARGS", "(ARGS | tojson)", "(ARGS | string)", "('' ~ ARGS)"])
+def test_tools_calls_and_their_answers(with_template: Callable[..., Any], arguments: str) -> None:
+    arguments = arguments.replace("ARGS", "m.tool_calls[0].function.arguments")
+    tokenizer = with_template(WRITES_TOOLS + WRITES_CALLS.replace("ARGUMENTS", arguments))
+    for tools in (TOOLS, json.dumps(TOOLS)):
+        rendered = render_messages(tokenizer, CALLED, tools)
+        assert rendered.pieces[0].startswith(json.dumps(TOOLS) + "\n<|im_start|>user")
+        (sample,) = encode(tokenizer, [rendered])
+        assert trained_texts(tokenizer, sample) == ['look{"at": "it"}<|im_end|>', "HI<|im_end|>"]
+
+
+def test_tools_and_calls_that_a_template_leaves_out_are_refused(
+    with_template: Callable[..., Any],
+) -> None:
+    tokenizer = with_template(CHATML)
+    with pytest.raises(UserError, match=r"template of .* does not write tools: take a template"):
+        render_messages(tokenizer, CONVERSATION, TOOLS)
+    tokenizer = with_template(CHATML.replace("m.content", "(m.content or '')"))
+    with pytest.raises(UserError, match=r"does not write the tool_calls of messages\[1\]"):
+        render_messages(tokenizer, CALLED)
+
+
+def test_a_tokenizer_with_a_template_for_tools(with_template: Callable[..., Any]) -> None:
+    tokenizer = with_template({"default": CHATML, "tool_use": WRITES_TOOLS + CHATML})  # type: ignore[arg-type]
+    plain = "".join(render_messages(tokenizer, CONVERSATION).pieces)
+    assert "".join(render_messages(tokenizer, CONVERSATION, TOOLS).pieces).endswith(plain)
+    tokenizer.chat_template = {"rag": CHATML}
+    with pytest.raises(UserError, match=r"^chat template of"):
+        render_messages(tokenizer, CONVERSATION)
+
+
+def test_a_turn_that_a_template_leaves_out_is_refused(with_template: Callable[..., Any]) -> None:
+    tokenizer = with_template(
+        "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(UserError, match=r"writes nothing for messages\[1\] \(assistant\)"):
+        render_messages(tokenizer, CONVERSATION[1:3])
+
+
+def test_weights_are_those_of_the_turns(tokenizer: Any) -> None:
+    messages: list[dict[str, Any]] = [dict(message) for message in CONVERSATION]
+    messages[2]["weight"], messages[4]["weight"] = 0.5, 2
+    rendered = render_messages(tokenizer, messages)
+    assert rendered.weights == (0.0, 0.5, 0.0, 2.0, 0.0)
+    (sample,) = encode(tokenizer, [rendered])
+    assert trained_texts(tokenizer, sample)[0] == "HI<|im_end|>"
+    assert set(sample.weights.tolist()) == {0.0, 0.5, 2.0}
+    messages[4]["weight"] = 0
+    assert render_messages(tokenizer, messages).weights == (0.0, 0.5, 0.0)
+    assert render_columns(tokenizer, "a", "b", weight=0.25).weights == (0.0, 0.25)
+
+
+def test_half_a_character_is_refused(tokenizer: Any) -> None:
+    half = json.loads('"so \\ud83d"')
+    with pytest.raises(UserError, match=re.escape(r"a lone surrogate) at the end of 'so \ud83d'")):
+        render_columns(tokenizer, "a", half)
+    with pytest.raises(UserError, match="half a character"):
+        render_messages(tokenizer, [{**USER, "content": half}, *CONVERSATION[2:3]])
 
 
 def test_columns_are_joined_as_the_released_trainers_do(tokenizer: Any) -> None:

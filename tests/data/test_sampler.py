@@ -21,11 +21,11 @@ from megatron_deft.data.sampler import (
 )
 from megatron_deft.errors import UserError
 
-SIZES = st.integers(1, 60)
+SIZES = st.sampled_from([2, 7, 30, 60, 100])
 SEEDS = st.integers(0, 2**63)
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(samples=SIZES, seed=SEEDS, shuffle=st.booleans(), epoch=st.integers(0, 5))
 def test_every_sample_once_per_epoch(samples: int, seed: int, shuffle: bool, epoch: int) -> None:
     seen = Stream(samples, seed, shuffle).take(epoch * samples, samples)
@@ -33,7 +33,7 @@ def test_every_sample_once_per_epoch(samples: int, seed: int, shuffle: bool, epo
     assert sorted(seen.tolist()) == list(range(samples))
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(samples=SIZES, seed=SEEDS, cuts=st.lists(st.integers(0, 200), max_size=6))
 def test_resuming_anywhere_goes_on_with_the_next_sample(
     samples: int, seed: int, cuts: list[int]
@@ -44,7 +44,7 @@ def test_resuming_anywhere_goes_on_with_the_next_sample(
     assert list(chain(*parts)) == whole
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(
     samples=SIZES,
     seed=SEEDS,
@@ -69,6 +69,10 @@ def test_any_data_parallel_size_sees_the_same_micro_batches(
     assert by_size[0] == by_size[1]
 
 
+def test_one_row_is_all_there_is() -> None:
+    assert Stream(1, 9).take(5, 3).tolist() == [0, 0, 0]
+
+
 def test_epochs_differ_and_seeds_differ() -> None:
     stream = Stream(100, 7)
     first, second = stream.take(0, 100).tolist(), stream.take(100, 100).tolist()
@@ -81,9 +85,9 @@ def test_epochs_differ_and_seeds_differ() -> None:
 
 def test_every_order_is_as_likely_as_any_other() -> None:
     """Pearson's chi-square over the 24 orders of 4 rows; 49.7 is exceeded once in a thousand."""
-    counts = Counter(tuple(Stream(4, seed).take(0, 4).tolist()) for seed in range(2400))
+    counts = Counter(tuple(Stream(4, seed).take(0, 4).tolist()) for seed in range(1200))
     assert len(counts) == 24
-    assert sum((count - 100) ** 2 / 100 for count in counts.values()) < 49.7
+    assert sum((count - 50) ** 2 / 50 for count in counts.values()) < 49.7
 
 
 def test_neighbours_do_not_stay_together() -> None:
@@ -131,7 +135,7 @@ def test_less_than_one_batch_is_refused() -> None:
         steps(Stream(10, 0), 1, 11)
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(samples=st.integers(1, 40), batch=st.integers(1, 12))
 def test_a_full_pass_has_every_sample_once_and_filler_at_the_end(samples: int, batch: int) -> None:
     batches = list(full_pass(samples, batch))
@@ -156,7 +160,7 @@ def test_a_blend_keeps_its_shares_at_every_moment() -> None:
     assert epochs(blend, 1017) == 1
 
 
-@settings(max_examples=30)
+@settings(max_examples=10)
 @given(consumed=st.integers(0, 3 * BLEND_PERIOD), count=st.integers(0, 50))
 def test_a_blend_is_the_same_from_any_point(consumed: int, count: int) -> None:
     blend = Blend((Stream(3, 1), Stream(5, 2)), (0.9, 0.1))

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, __vers
 
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.data.tiny import make_tiny_llama
+from megatron_deft.data.tokenizer import template_hash, template_text, tokenizer_hash
 from tests.convert.tiny_models import CONFIGS, make
 
 VOCABULARY = 300
@@ -100,6 +101,8 @@ def facts(folder: Path) -> dict[str, Any]:
         "special_tokens": {key: specials[key] for key in ("bos_token", "eos_token", "pad_token")},
         "all_special_ids": sorted(tokenizer.all_special_ids),
         "decoded": tokenizer.decode(tokenizer(TEXT)["input_ids"]),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "template_hash": template_hash(template_text(tokenizer)),
     }
 
 

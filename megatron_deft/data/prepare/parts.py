@@ -53,7 +53,11 @@ def work_folder(out: Path, key: str) -> Iterator[Path]:
                 f"another process is preparing {out} from the same files ({folder}): "
                 "wait for it, or choose another name"
             )
-        yield folder
+        try:
+            yield folder
+        except KeyboardInterrupt:
+            logger.info("interrupted: the same command goes on with the parts in %s", folder)
+            raise
         shutil.rmtree(folder, ignore_errors=True)
         for other in _others(out, folder):
             with _held(other) as free:

@@ -148,6 +148,7 @@ def _work(pipe: Connection, job: Job) -> None:
     """The life of a process: until its pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores, not threads
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # what it warns of, the parent was told
     try:
         run = _guarded(job.start)
         while True:

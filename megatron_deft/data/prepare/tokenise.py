@@ -5,6 +5,7 @@ whichever process; the parts are joined in the order of the tasks. So the result
 whatever the number of processes, and whether or not a run was interrupted and taken up again.
 """
 
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_deft import __version__
-from megatron_deft.data.indexed import Block, token_dtype, write_set
+from megatron_deft.data.indexed import Block, open_set, token_dtype, write_set
 from megatron_deft.data.manifest import (
     MANIFEST,
     PLACES,
@@ -29,10 +30,17 @@ from megatron_deft.data.manifest import (
 )
 from megatron_deft.data.prepare.parts import Stored, find_part, key_of, work_folder, write_part
 from megatron_deft.data.prepare.pool import run_jobs
-from megatron_deft.data.prepare.samples import Counts, Tally, Tokeniser, make_part
+from megatron_deft.data.prepare.samples import (
+    TOO_LONG,
+    UNTRAINED,
+    Counts,
+    Tally,
+    Tokeniser,
+    make_part,
+)
 from megatron_deft.data.prepare.settings import RowSettings, columns_of, uses_template
-from megatron_deft.data.rows import cut, detect_format, place
-from megatron_deft.data.task import TASK_BYTES, TASK_ROWS, Task
+from megatron_deft.data.rows import cut, detect_format, place, release
+from megatron_deft.data.task import TASK_BYTES, TASK_ROWS, Task, stamp
 from megatron_deft.data.tokenizer import (
     load_tokenizer,
     save_tokenizer,
@@ -91,7 +99,7 @@ def prepare_set(
     tokenizer = load_tokenizer(tokenizer_folder, settings.template)
     tokeniser = Tokeniser(tokenizer, settings, form)
     bar = partial(tqdm, unit="B", unit_scale=True, disable=None if progress else True)
-    stamps = [_stamp(file) for file in files]
+    stamps = [stamp(file) for file in files]
     about = _about(tokeniser, files, tokenizer_folder, bar)
     if reuse and _is_made_of(out, about):
         return read_manifest(out)
@@ -100,9 +108,12 @@ def prepare_set(
     dtype = token_dtype(about["tokenizer"]["vocab_size"])
     with work_folder(out, key_of(_decisive(about))) as folder:
         job = _Job(tasks, str(tokenizer_folder), settings, form, dtype, folder, tokeniser)
-        parts = _parts(job, workers, bar)
-        for file, stamp in zip(files, stamps, strict=True):
-            if _stamp(file) != stamp:
+        try:
+            parts = _parts(job, workers, bar)
+        finally:
+            release()
+        for file, before in zip(files, stamps, strict=True):
+            if stamp(file) != before:
                 raise UserError(f"{file} has changed while it was read: run the command again")
         about |= _left_out(tasks, [part.counts for part in parts])
         if not any(part.samples for part in parts):
@@ -112,7 +123,8 @@ def prepare_set(
         needs = sum(part.path.stat().st_size for part in parts) + sum(p.samples for p in parts) * 20
         with atomic_folder(out, overwrite or reuse, needs, MANIFEST) as target:
             save_tokenizer(Path(tokenizer_folder), tokenizer, target / TOKENIZER)
-            blocks = _blocks(parts, bar(total=sum(p.tokens for p in parts), unit=" tokens"))
+            total = sum(part.tokens for part in parts)
+            blocks = _blocks(parts, bar(total=total, unit=" tokens", desc="joining"))
             return write_set(target, blocks, (dtype, weights), about)
 
 
@@ -125,11 +137,6 @@ def _check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} exists already: remove it, choose another, or pass --overwrite")
     if any(out.iterdir()) and not (out / MANIFEST).is_file():
         raise UserError(f"{out} is no prepared set, so it is not replaced: choose another name")
-
-
-def _stamp(file: str) -> tuple[int, int]:
-    found = Path(file).stat()
-    return found.st_size, found.st_mtime_ns
 
 
 def _about(
@@ -168,14 +175,23 @@ def _about(
 
 
 def _is_made_of(out: Path, about: dict[str, Any]) -> bool:
+    """Whether `out` is a whole set of just this; a damaged one is made again."""
     if not (out / MANIFEST).is_file():
         return False
-    there = read_manifest(out)
-    return _decisive({key: there.get(key) for key in about}) == _decisive(about)
+    try:
+        there = open_set(out).manifest
+    except UserError:
+        return False
+    now = json.loads(json.dumps(about))  # as JSON has it: without tuples
+    same = _decisive({key: there[key] for key in about}) == _decisive(now)
+    return same and there["settings"]["bad_rows"] == now["settings"]["bad_rows"]
 
 
 def _decisive(about: dict[str, Any]) -> dict[str, Any]:
-    """What decides about the parts: not what files and folders are called."""
+    """What decides about the parts: not what files and folders are called.
+
+    Nor bad_rows, so that a run which met a bad row can be told to drop it and go on: see _found.
+    """
     return {
         **about,
         "version": VERSION,
@@ -183,7 +199,7 @@ def _decisive(about: dict[str, Any]) -> dict[str, Any]:
         "tokenizer": about["tokenizer"]["hash"],
         "template": about["template"] and about["template"]["hash"],
         "sources": [{**source, "file": None} for source in about["sources"]],
-        "settings": {**about["settings"], "template": None},
+        "settings": {**about["settings"], "template": None, "bad_rows": None},
     }
 
 
@@ -217,11 +233,10 @@ class _Job:
 
 def _parts(job: _Job, workers: int, bar: Callable[..., Any]) -> list[Stored]:
     """Every part in order; those that are missing are made now."""
-    found = {number: find_part(job.folder, number) for number in range(len(job.tasks))}
-    parts = {number: part for number, part in found.items() if part is not None}
-    missing = [number for number in found if number not in parts]
+    parts = _found(job)
+    missing = [number for number in range(len(job.tasks)) if number not in parts]
     if parts:
-        logger.info("%d of %d parts are there from before: going on", len(parts), len(found))
+        logger.info("%d of %d parts are there from before: going on", len(parts), len(job.tasks))
     done = sum(job.tasks[number].bytes for number in parts)
     total = sum(task.bytes for task in job.tasks)
     # The parts, and the set beside them before they go.
@@ -237,13 +252,23 @@ def _parts(job: _Job, workers: int, bar: Callable[..., Any]) -> list[Stored]:
     return [parts[number] for number in sorted(parts)]
 
 
+def _found(job: _Job) -> dict[int, Stored]:
+    """Parts made before; where bad rows are errors, only those without any."""
+    found = {number: find_part(job.folder, number) for number in range(len(job.tasks))}
+    strict = job.settings.bad_rows == "error"
+    return {
+        number: part
+        for number, part in found.items()
+        if part is not None and not (strict and set(part.counts.dropped) - {TOO_LONG, UNTRAINED})
+    }
+
+
 def _weight_dtype(parts: Sequence[Stored]) -> str:
     return "uint8" if all(part.weight_dtype == "uint8" for part in parts) else "float32"
 
 
 def _blocks(parts: Sequence[Stored], shown: Any) -> Iterator[Block]:
     with shown:
-        shown.set_description("joining")
         for stored in parts:
             part = stored.read()
             yield Block(part.lengths, part.tokens, part.weights)

@@ -7,8 +7,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
+from megatron_deft.data import jsonl
 from megatron_deft.data.prepare.splits import Choice
+from tests.data.files import write
+from tests.data.prepare.sets import ROWS, TASK
 
 QUIET = Choice(progress=False)
 
@@ -70,3 +74,13 @@ def write_parquet(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def read(folder: Path, split: str = "train") -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = pq.read_table(folder / f"{split}.parquet").to_pylist()
     return rows
+
+
+@pytest.fixture
+def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "TASK_BYTES", TASK)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    return write(tmp_path / "a.jsonl", ROWS)

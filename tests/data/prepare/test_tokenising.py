@@ -11,8 +11,6 @@ from megatron_deft.data.prepare.released import MATH, MEDICAL
 from megatron_deft.data.tiny import make_tiny_llama
 from tests.data.prepare.conftest import M23K_ROWS, NUMINA_ROWS, write_jsonl
 
-pytest.importorskip("megatron_deft.data.prepare.tokenise", reason="no prepare_set yet")
-
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
