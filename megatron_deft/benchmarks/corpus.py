@@ -54,13 +54,18 @@ class Writer:
             for stop, length in zip(stops.tolist(), lengths.tolist(), strict=True)
         ]
 
+    def lengths(self, count: int, words: int) -> NDArray[np.int64]:
+        """Of so many samples, in words: many short ones and few long ones, `words` on average."""
+        spread = 0.6
+        drawn = self._draw.lognormal(np.log(words) - spread**2 / 2, spread, count)
+        return np.maximum(drawn, 6).astype(np.int64)
+
     def conversations(self, count: int, words: int) -> Iterator[list[dict[str, str]]]:
         """Chats of user and assistant turns, of `words` words on average; a third is the user's."""
         for start in range(0, count, _BLOCK):
             size = min(_BLOCK, count - start)
             turns = self._draw.choice(_TURNS, size)
-            whole = self._draw.lognormal(np.log(words) - 0.18, 0.6, size)  # a mean of `words`
-            each = np.maximum(whole / turns, 6).astype(np.int64).repeat(turns)
+            each = np.maximum(self.lengths(size, words) // turns, 6).repeat(turns)
             texts = iter(self.texts(np.stack([each // 3, each - each // 3], 1).ravel()))
             for pairs in turns:
                 yield [
@@ -84,7 +89,7 @@ def write_columns(path: Path, rows: int, words: int, seed: int = 2) -> None:
     with pq.ParquetWriter(path, columns, compression="zstd") as file:
         while made < rows:
             size = min(_BLOCK, rows - made)
-            lengths = writer._draw.lognormal(np.log(words) - 0.18, 0.6, size).astype(np.int64) + 6
+            lengths = writer.lengths(size, words)
             texts = iter(writer.texts(np.stack([lengths // 3, lengths - lengths // 3], 1).ravel()))
             block: list[Any] = [
                 {"extra_info": {"question": question, "answer": answer}}

@@ -131,28 +131,31 @@ def summary(
     """The row of a case; ratios are medians of those of each repetition.
 
     times: seconds of each repetition; tokens: all counts that were seen, which have to be one.
+    The steady rates and ratios are None with too few rows to tell them.
     """
 
-    def of(top: str, less: str | None) -> float:
-        return median(t[top] / (t["command"] - (t[less] if less else 0)) for t in times)
+    def of(top: str, less: float) -> float:
+        return median(t[top] / (t["command"] - less * t["start"]) for t in times)
 
     seconds = {key: median(t[key] for t in times) for key in times[0]}
-    steady = seconds["command"] - seconds["start"]
     count = max(tokens)
+    # where most of the command is its start, nothing can be said of what comes after it
+    is_long = all(t["command"] > 2 * t["start"] for t in times)
+    steady = seconds["command"] - seconds["start"] if is_long else None
     return {
         "name": name,
         **about,
         "tokens": count,
         "tokens_per_row": count / about["rows"],
         "seconds": seconds,
-        "rows_per_second": about["rows"] / steady,
-        "tokens_per_second": count / steady,
+        "rows_per_second": steady and about["rows"] / steady,
+        "tokens_per_second": steady and count / steady,
         "rows_per_second_command": about["rows"] / seconds["command"],
         "tokens_per_second_command": count / seconds["command"],
         "tokens_per_second_encode_batch": count / seconds["encode_batch"],
-        "ratio": of("encode_batch", "start"),
-        "ratio_command": of("encode_batch", None),
-        "ratio_fast": of("encode_batch_fast", "start"),
+        "ratio": of("encode_batch", 1) if is_long else None,
+        "ratio_command": of("encode_batch", 0),
+        "ratio_fast": of("encode_batch_fast", 1) if is_long else None,
         "repetitions": list(times),
         "wrong": int(len(tokens) != 1),
     }
