@@ -5,6 +5,7 @@
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
+# make bench-data   tokenising, loading, opening and packing of data, into RESULT; FigFont, and MATH=FILE...
 # All install what they need into .venv. Choose another python or torch with
 #   make quickstart PYTHON=python3.12 TORCH=torch==2.11.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -13,14 +14,16 @@ TRANSFORMERS4 ?= transformers==4.57.*
 VENV ?= .venv
 VENV4 ?= .venv-transformers4
 NEMO_VENV ?= .venv-nemo
-RESULT ?= tools/bench_results/$(if $(filter bench-convert,$(MAKECMDGOALS)),convert-cpu,cpu).json
+NAMED := $(patsubst bench-%,%-,$(filter bench-convert bench-data,$(MAKECMDGOALS)))
+RESULT ?= tools/bench_results/$(NAMED)cpu.json
 DISK ?= .
+MATH ?=
 JOBS ?= 2
 BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test test-transformers4 test-nemo lint format bench bench-convert clean
+.PHONY: install quickstart test test-transformers4 test-nemo lint format bench bench-convert bench-data clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -83,6 +86,9 @@ bench: install
 
 bench-convert: install
 	$(BIN)/megatron-deft bench convert --shape 8b --dir $(DISK) --json $(RESULT)
+
+bench-data: install
+	$(BIN)/megatron-deft bench data --dir $(DISK) --json $(RESULT) $(if $(MATH),--math $(MATH))
 
 clean:
 	rm -rf build dist *.egg-info megatron_deft/*.so

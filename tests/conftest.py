@@ -33,6 +33,7 @@ LONGEST = (
     "data/prepare/test_sources",
     "models/test_packed",
     "benchmarks/test_convert",
+    "benchmarks/test_data",
 )
 
 

@@ -36,7 +36,7 @@ ROOMS = {
     },
     "benchmarks": {
         "errors", "files", "objectives", "ops", "loss", "platform", "models", "convert",
-        "revision",
+        "revision", "data",
     },
     "launch": {"errors"},
     "doctor": {"ops", "models", "platform"},

@@ -86,6 +86,22 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--strict", action="store_true", help="exit with 1 when a budget is not met")
 
 
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench data`."""
+    add = parser.add_argument
+    add("--dir", default=".", metavar="DIR", help="on the disk to be measured [.]")
+    add("--rows", type=int, default=40_000, metavar="N", help="rows to tokenise [40000]")
+    add("--samples", type=int, default=10**7, metavar="N", help="of the set to open [10000000]")
+    add("--steps", type=int, default=40, metavar="N", help="of training, for the loader [40]")
+    add("--repetitions", type=int, default=3, metavar="N", help="of tokenising, in turn [3]")
+    add(
+        "--math", nargs="+", metavar="FILE",
+        help="parquet or JSONL as prepare math reads it, to be packed [nothing]",
+    )  # fmt: skip
+    add("--json", metavar="FILE", help="write everything measured to it")
+    add("--strict", action="store_true", help="exit with 1 when a budget is not met")
+
+
 class Benchmark(NamedTuple):
     """A command of `bench`, run by the module of its name in this package."""
 
@@ -108,5 +124,12 @@ BENCHMARKS = {
         "disk in the same run. Needs twice the model's room there, 32 GB for 8b, and leaves "
         "nothing behind. What comes back is compared bit by bit.",
         "--shape 1b --dir /data",
+    ),
+    "data": Benchmark(
+        add_data_arguments,
+        "Measure the data side. Tokenising beside the tokenizer's own encode_batch, how long "
+        "training waits for data, opening a set of millions of samples, and how full packed rows "
+        "are. Takes some minutes and 3 GB in DIR, and leaves nothing behind.",
+        "--dir /data --math math/train.parquet",
     ),
 }

@@ -3,14 +3,19 @@
 The files are megatron-core's IndexedDataset (one sequence = one document = one sample), so its
 GPTDataset opens them as well. They are read and written here by numpy: importing megatron-core
 takes seconds, which preparing and inspecting need not wait for, and its index writer is a Python
-loop over all samples. Opening maps the files and reads their headers alone.
+loop over all samples. Opening maps the index and reads its header alone; the tokens of a sample are
+read when it is asked for. Rejected: mapping them as well. Pages that were looked at count as the
+process's memory from then on, in pieces of up to 2 MB (600 MB after one batch of a large set), and
+a disk that fails would kill the process.
 """
 
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,9 +78,13 @@ class TokenSet:
         self._dtype = np.dtype(self.manifest["token_dtype"])
         count, tokens = self.manifest["samples"], self.manifest["tokens"]
         width = self.manifest["weight_dtype"]
-        self._tokens = self._map(TOKENS, self._dtype, tokens)
-        self._weights = None if width is None else self._map(WEIGHTS, np.dtype(width), tokens)
-        index = self._map(INDEX, np.dtype(np.uint8), _HEADER.size + 20 * count + 8)
+        self._tokens = _Values(self._file(TOKENS, tokens * self._dtype.itemsize), self._dtype)
+        self._weights = None
+        if width is not None:
+            kind = np.dtype(width)
+            self._weights = _Values(self._file(WEIGHTS, tokens * kind.itemsize), kind)
+        size = _HEADER.size + 20 * count + 8
+        index = np.asarray(np.memmap(self._file(INDEX, size), np.uint8, "r"))
         expected = (_MAGIC, 1, _CODES[self._dtype.name], count, count + 1)
         self.lengths: NDArray[np.int32] = np.frombuffer(index, np.int32, count, _HEADER.size)
         self._offsets = np.frombuffer(index, np.int64, count, _HEADER.size + 4 * count)
@@ -83,15 +92,15 @@ class TokenSet:
         if not whole or int(self._offsets[-1]) // self._dtype.itemsize + self.lengths[-1] != tokens:
             raise _damaged(self.path / INDEX, "it is of another set")
 
-    def _map(self, name: str, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-        path, expected = self.path / name, count * dtype.itemsize
+    def _file(self, name: str, expected: int) -> Path:
+        path = self.path / name
         try:
             size = path.stat().st_size
         except FileNotFoundError:
             raise _damaged(path, "it is missing") from None
         if size != expected:
             raise _damaged(path, f"it has {size} bytes, the manifest says {expected}")
-        return np.asarray(np.memmap(path, dtype, "r")) if size else np.empty(0, dtype)
+        return path
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -100,14 +109,31 @@ class TokenSet:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         start = int(self._offsets[index]) // self._dtype.itemsize
-        where = slice(start, start + int(self.lengths[index]))
-        tokens = self._tokens[where].astype(np.int32)
+        count = int(self.lengths[index])
+        tokens = self._tokens.read(start, count).astype(np.int32)
         if self._weights is None:
-            return Encoded(tokens, np.ones(len(tokens), np.float32))
-        return Encoded(tokens, self._weights[where].astype(np.float32))
+            return Encoded(tokens, np.ones(count, np.float32))
+        return Encoded(tokens, self._weights.read(start, count).astype(np.float32))
 
     def __reduce__(self) -> tuple[type["TokenSet"], tuple[Path]]:
-        return TokenSet, (self.path,)  # a worker maps the files itself
+        return TokenSet, (self.path,)  # a worker opens the files itself
+
+
+class _Values:
+    """The array in a file, of which stretches are read. Processes that are forked may share it."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any]) -> None:
+        self._path, self._dtype = path, dtype
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - until nobody has it any more
+        finalize(self, self._file.close)
+
+    def read(self, start: int, count: int) -> NDArray[Any]:
+        """Elements [start, start + count), to be read only."""
+        width = self._dtype.itemsize
+        data = os.pread(self._file.fileno(), count * width, start * width)
+        if len(data) != count * width:
+            raise _damaged(self._path, "it became shorter")
+        return np.frombuffer(data, self._dtype)
 
 
 def open_set(path: str | Path, tokenizer: Any = None) -> TokenSet:

@@ -1,5 +1,6 @@
 """From the rows of one task to its samples, and a count of those that are left out."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ class Tokeniser:
                 if isinstance(item, RowError):
                     raise item
                 rendered = self._render(item)
+                if not all(0 <= weight < math.inf for weight in rendered.weights):  # or NaN
+                    raise UserError("a weight is negative or no finite number: give one from 0 on")
             except UserError as error:
                 self._refuse(task, counts, row, error)
             else:
@@ -111,10 +114,6 @@ class Tokeniser:
     def _fitted(self, task: Task, counts: Counts, row: int, sample: Encoded) -> Encoded | None:
         """The sample as it is kept, or None."""
         weights = sample.weights
-        if not (weights.min(initial=0) >= 0 and weights.max(initial=0) < np.inf):  # or NaN
-            error = UserError("a weight is negative or no finite number: give one from 0 on")
-            self._refuse(task, counts, row, error)
-            return None
         if self.form == "text":
             eos = np.int32(self.tokenizer.eos_token_id)
             return Encoded(np.append(sample.tokens, eos), np.append(weights, np.float32(1)))
