@@ -14,6 +14,7 @@ encode_batch_fast, which leaves offsets out and which `prepare` uses itself, is 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -25,6 +26,8 @@ from megatron_deft.benchmarks.processes import megatron_deft, part
 from megatron_deft.data.manifest import read_manifest
 from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.data.rows import read_rows
+
+log = logging.getLogger(__name__)
 
 WORDS = 370  # of a sample on average: with their template about 500 tokens
 VOCABULARY = 32_000
@@ -111,6 +114,8 @@ class _Prepared:
             times[method] = found["seconds"]
             self.tokens.add(found["tokens"])
         self.times.append(times)
+        shown = ", ".join(f"{name} {seconds:.1f}" for name, seconds in times.items())
+        log.info("%s, seconds: %s", self.case.name, shown)
 
     def _prepare(self, files: Sequence[Path]) -> float:
         case = self.case
