@@ -190,11 +190,6 @@ class DataConfig(Section):
                     f"data.{sets} and data.{files} are both set: `megatron-deft prepare` makes a "
                     "set of files; name sets alone, or files alone"
                 )
-        if self.split is not None and (self.val_sets or self.val_files):
-            raise UserError(
-                "data.split and data.val_sets are both set: validate on a part of train_sets, or "
-                "on val_sets"
-            )
         if self.train_weights and len(self.train_weights) != len(self.train_sets):
             raise UserError(
                 f"data.train_weights={list(self.train_weights)}: expected one number for each of "

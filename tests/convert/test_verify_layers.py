@@ -1,5 +1,6 @@
 """What rounding may do to a layer is no fault, and hides none."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -125,4 +126,6 @@ def test_experts_of_a_small_router_are_equally_good(
     # From end to end it is chance too: transformers 4 and 5 send other tokens astray.
     assert report.ok is (decided or not report.by_layer)
     if not report.ok:
-        assert "1024 of 1024 choices of experts are too close to call" in report.faults[-1]
+        told = re.search(r"(\d+) of 1024 choices of experts are too close", report.faults[-1])
+        assert told is not None
+        assert int(told[1]) > 1000

@@ -65,7 +65,7 @@ def test_a_window_that_is_wrong_by_one_is_seen(
     monkeypatch.setattr(
         attention,
         "_visible",
-        lambda length, window, device: visible(length, window + wrong, device),
+        lambda length, places, window, device: visible(length, places, window + wrong, device),
     )
     with pytest.raises(UserError, match=r"first at layer 0 \(attention output\)"):
         import_hf(windowed(tmp_path / "hf"), tmp_path / "weights")

@@ -11,7 +11,7 @@ from megatron_deft.training.base import read_base
 from tests.distributed import run_ranks
 from tests.training.test_trainer import config, metrics, train_all
 
-TIMES = ("tokens_per_second", "step_seconds")
+TIMES = ("tokens_per_second", "step_seconds", "data_seconds")
 
 
 @pytest.mark.parametrize("layout", [{}, {"parallel.tensor": 2}], ids=["whole", "tensor"])

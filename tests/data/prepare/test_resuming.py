@@ -23,13 +23,13 @@ import sys, time
 from megatron_deft.data import jsonl
 from megatron_deft.data.prepare import tokenise
 from megatron_deft.cli import main
+jsonl.TASK_BYTES = {TASK}
+write = tokenise.write_part
+def slowly(*arguments):
+    write(*arguments)
+    time.sleep(0.1)
+tokenise.write_part = slowly  # in the processes spawned too, which run this but not what follows
 if __name__ == "__main__":
-    jsonl.TASK_BYTES = {TASK}
-    write = tokenise.write_part
-    def slowly(*arguments):
-        write(*arguments)
-        time.sleep(0.05)
-    tokenise.write_part = slowly  # the processes spawned run this file, but not this block
     sys.exit(main(sys.argv[1:]))
 """
 
