@@ -24,7 +24,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_write
+from megatron_deft.files import atomic_write, read_json
 
 MANIFEST = "megatron_deft.json"
 FORMAT = 2
@@ -190,15 +190,11 @@ def write_manifest(
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """The manifest of `folder`. Errors: UserError when there is none, or none that we can read."""
     path = Path(folder) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no {MANIFEST}, so it is not a finished megatron_deft folder: name one "
-            "written by `megatron-deft convert import` or by training"
-        ) from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
-        raise UserError(f"{path} is not readable JSON ({error}): the folder is damaged") from None
+    missing = (
+        f"{folder} has no {MANIFEST}, so it is not a finished megatron_deft folder: name one "
+        "written by `megatron-deft convert import` or by training"
+    )
+    manifest = read_json(path, missing, "the folder is damaged")
     if not isinstance(manifest, dict) or "format" not in manifest:
         raise UserError(f"{path} is not a megatron_deft manifest: it has no format")
     if manifest["format"] != FORMAT:

@@ -40,6 +40,7 @@ from megatron_deft.data.prepare.arguments import (
 )
 from megatron_deft.errors import UserError
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
+from megatron_deft.options import add_number
 
 Arguments = argparse.Namespace
 
@@ -161,11 +162,6 @@ def _group(parent: Group, name: str, text: str) -> Group:
     return parser.add_subparsers(required=True, metavar="COMMAND")
 
 
-def _int(parser: argparse.ArgumentParser, name: str, default: int | None, help: str) -> None:
-    shown = "" if default is None else f" [{default}]"
-    parser.add_argument(name, type=int, default=default, metavar="N", help=help + shown)
-
-
 def _add_train(commands: Group) -> None:
     train = _command(
         commands, "train", _train,
@@ -177,9 +173,9 @@ def _add_train(commands: Group) -> None:
     )  # fmt: skip
     train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=2e-5")
-    _int(train, "--nproc-per-node", 1, "processes on this machine, one per GPU")
-    _int(train, "--nnodes", 1, "machines")
-    _int(train, "--node-rank", 0, "which of the machines this is")
+    add_number(train, "--nproc-per-node", 1, "processes on this machine, one per GPU")
+    add_number(train, "--nnodes", 1, "machines")
+    add_number(train, "--node-rank", 0, "which of the machines this is")
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of machine 0, when several")
     train.add_argument("--resume", action="store_true", help="the same as train.resume=must")
     train.add_argument("--dry-run", action="store_true", help="check, print the whole config, stop")
@@ -260,14 +256,14 @@ def _add_data(commands: Group) -> None:
         "--corpus", nargs="+", required=True, metavar="FILE", help="parquet or JSONL files"
     )
     tiny.add_argument("--column", default="messages", help="column of the texts [messages]")
-    _int(tiny, "--rows", 2000, "rows of the corpus that the tokenizer learns from")
-    _int(tiny, "--vocab-size", 512, "tokens")
+    add_number(tiny, "--rows", 2000, "rows of the corpus that the tokenizer learns from")
+    add_number(tiny, "--vocab-size", 512, "tokens")
     tiny.add_argument("--split", metavar="REGEX", help="what no token reaches across [GPT-2's]")
-    _int(tiny, "--hidden-size", 64, "channels")
-    _int(tiny, "--layers", 2, "layers")
-    _int(tiny, "--heads", 4, "attention heads")
-    _int(tiny, "--kv-heads", 2, "key-value heads")
-    _int(tiny, "--seed", 1234, "of the weights")
+    add_number(tiny, "--hidden-size", 64, "channels")
+    add_number(tiny, "--layers", 2, "layers")
+    add_number(tiny, "--heads", 4, "attention heads")
+    add_number(tiny, "--kv-heads", 2, "key-value heads")
+    add_number(tiny, "--seed", 1234, "of the weights")
     tiny.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
@@ -289,9 +285,9 @@ def _add_evaluate(commands: Group) -> None:
         help="the tokenizer's chat template, or a released prompt as it is [chat]"
     )  # fmt: skip
     figfont.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-    _int(figfont, "--limit", None, "first so many samples")
-    _int(figfont, "--batch-size", 16, "samples decoded together")
-    _int(figfont, "--max-new-tokens", 5, "tokens of an answer")
+    add_number(figfont, "--limit", None, "first so many samples")
+    add_number(figfont, "--batch-size", 16, "samples decoded together")
+    add_number(figfont, "--max-new-tokens", 5, "tokens of an answer")
 
 
 def _add_bench(commands: Group) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -42,6 +43,16 @@ def require_space(path: str | Path, needed: int) -> None:
             f"{path} needs {needed / 1e9:.2f} GB, its disk has {free / 1e9:.2f} GB left: "
             "free some, or name a folder on another disk"
         )
+
+
+def read_json(path: Path, missing: str, remedy: str) -> Any:
+    """The JSON in a file. Errors: UserError `missing`; or that it is none, with the `remedy`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
+        raise UserError(f"{path} is not readable JSON ({error}): {remedy}") from None
 
 
 @contextmanager
@@ -135,14 +146,14 @@ def atomic_folder(
     require_space(path, needs)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _new_folder(path, "tmp")
-    lock = os.open(temporary, os.O_RDONLY)
+    held = os.open(temporary, os.O_RDONLY)
     try:
-        _lock(lock)
+        lock(held)
         yield temporary
         publish_folder(temporary, path, overwrite, marker)
         remove_abandoned(path, "old")
     finally:
-        os.close(lock)
+        os.close(held)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
@@ -162,12 +173,17 @@ def _new_folder(path: Path, kind: str) -> Path:
     raise AssertionError("there is always a next number")
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether this process got hold of the open folder, until it closes it or dies."""
+def lock(descriptor: int) -> bool | None:
+    """Whether this process got hold of the open folder, until it closes it or dies.
+
+    False: another process holds it. None: the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # another holds it, or the file system has no locks
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -214,7 +230,7 @@ def _unlocked(folder: Path) -> bool:
     except OSError:  # another user's, or just removed
         return False
     try:
-        return _lock(descriptor)
+        return lock(descriptor) is True
     finally:
         os.close(descriptor)
 

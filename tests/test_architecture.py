@@ -16,6 +16,8 @@ HEAVY = ("torch", "megatron", "transformers", "safetensors", "pyarrow", "tensorb
 ROOMS = {
     "errors": set(),
     "files": {"errors"},
+    "hf_files": set(),
+    "options": set(),
     "objectives": {"errors"},
     "config": {"errors", "objectives"},
     "checkpoint_folder": {"errors", "files"},
@@ -24,10 +26,11 @@ ROOMS = {
     "loss": {"errors", "objectives", "ops"},
     "platform": {"errors"},
     "models": {"errors", "platform"},
-    "data": {"errors", "files", "config"},
+    "data": {"errors", "files", "hf_files", "options", "config"},
     "integrations": {"errors"},
     "convert": {
-        "errors", "files", "checkpoint_folder", "platform", "models", "integrations", "revision"
+        "errors", "files", "hf_files", "checkpoint_folder", "platform", "models", "integrations",
+        "revision",
     },
     "evaluation": {"errors", "files", "checkpoint_folder", "data", "platform"},
     "training": {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -19,9 +18,9 @@ from typing import Any, NamedTuple
 from megatron_deft.benchmarks import machine, synthetic
 from megatron_deft.benchmarks.budgets import Row
 from megatron_deft.benchmarks.peers import version
-from megatron_deft.benchmarks.report import budget_table, columns
+from megatron_deft.benchmarks.report import budget_table, columns, save
 from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_write, require_space
+from megatron_deft.files import require_space
 from megatron_deft.revision import ROOT, commit
 
 log = logging.getLogger(__name__)
@@ -87,10 +86,8 @@ def run(args: Namespace) -> int:
     print(_table(report["rows"]), end="\n\n")
     print(f"page caches between them: {report['caches']}", end="\n\n")
     print(budget_table(report["budgets"]))
+    save(args.json, report)
     if args.json:
-        with atomic_write(args.json) as handle:
-            json.dump(report, handle, indent=1)
-            handle.write("\n")
         print(f"\n{args.json}: everything measured")
     if report["different"]:
         log.error("WRONG: export changed %s", ", ".join(report["different"][:5]))

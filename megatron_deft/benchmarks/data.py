@@ -20,11 +20,11 @@ from megatron_deft.benchmarks import machine, tokenising
 from megatron_deft.benchmarks.budgets import Row
 from megatron_deft.benchmarks.peers import version
 from megatron_deft.benchmarks.processes import megatron_deft, part
-from megatron_deft.benchmarks.report import budget_table, columns
+from megatron_deft.benchmarks.report import budget_table, columns, save
 from megatron_deft.benchmarks.tokenising import Case, learn
 from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_write, require_space
+from megatron_deft.files import require_space
 from megatron_deft.revision import commit
 
 log = logging.getLogger(__name__)
@@ -77,10 +77,8 @@ def run(args: Namespace) -> int:
     report["budgets"] = judge(report)
     print(_tables(report))
     print(budget_table(report["budgets"]))
+    save(args.json, report)
     if args.json:
-        with atomic_write(args.json) as handle:
-            json.dump(report, handle, indent=1)
-            handle.write("\n")
         print(f"\n{args.json}: everything measured")
     return verdict(report, args.strict)
 

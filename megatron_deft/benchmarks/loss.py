@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import time
 from argparse import Namespace
@@ -22,10 +21,9 @@ from megatron_deft.benchmarks.budgets import Row, Rows, judge
 from megatron_deft.benchmarks.check import Reference, WrongResultError, verify
 from megatron_deft.benchmarks.contenders import Contender, Prepared, contenders, select
 from megatron_deft.benchmarks.peers import IGNORE
-from megatron_deft.benchmarks.report import budget_table, legend, plan_table
+from megatron_deft.benchmarks.report import budget_table, legend, plan_table, save
 from megatron_deft.benchmarks.timing import CpuClock, CudaClock, clock_for, interleave, peak
 from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_write
 from megatron_deft.objectives import parse
 from megatron_deft.revision import commit
 
@@ -108,7 +106,7 @@ def run(args: Namespace) -> int:
                 report["complete"] = len(measured) == len(chosen.plans)
                 report["budgets"] = judge(measured, chosen.device, chosen.threads, chosen.objective)
                 print(plan_table(plan, measured[plan]), flush=True)
-                _write(args.json, report)  # a run that is stopped leaves what it has measured
+                save(args.json, report)  # a run that is stopped leaves what it has measured
         finally:
             peers.close()
     print(budget_table(report["budgets"]))
@@ -154,13 +152,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _write(path: str | None, report: dict[str, Any]) -> None:
-    if path is not None:
-        with atomic_write(path) as handle:
-            json.dump(report, handle, indent=1)
-            handle.write("\n")
 
 
 def _inputs(plan: Plan, device: str, ignored: list[float]) -> tuple[Tensor, dict[float, Tensor]]:

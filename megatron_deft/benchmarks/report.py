@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_deft.benchmarks.arguments import Plan
 from megatron_deft.benchmarks.budgets import Row, Rows
 from megatron_deft.benchmarks.contenders import Contender
+from megatron_deft.files import atomic_write
 
 HEADER = (
     "contender",
@@ -18,6 +21,14 @@ HEADER = (
     "of copy",
     "extra B/logit",
 )
+
+
+def save(path: str | None, report: Mapping[str, Any]) -> None:
+    """Write everything measured as JSON, where a file is named."""
+    if path is not None:
+        with atomic_write(path) as handle:
+            json.dump(report, handle, indent=1)
+            handle.write("\n")
 
 
 def legend(table: dict[str, Contender]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,28 +15,15 @@ from tqdm import tqdm
 from megatron_deft.convert.safetensors_io import Stored, header_bytes, read_header
 from megatron_deft.convert.streams import Output, by_file, bytes_of, nothing_follows
 from megatron_deft.errors import UserError
+from megatron_deft.files import read_json as load_json
+from megatron_deft.hf_files import TOKENIZER_FILES, copy_matching, matching
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5_000_000_000  # as transformers splits
 
 # Everything beside the weights that a model is used with; copied as it is.
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-)
+COMPANIONS = (*TOKENIZER_FILES, "generation_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*")
 
 
 def find(name: str | Path) -> Path:
@@ -91,12 +77,8 @@ def is_hub_name(name: str) -> bool:
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """A JSON object from `path`. Errors: UserError naming `what` is missing or unreadable."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: it is the {what}, download the whole model") from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, or a number without end
-        raise UserError(f"{path} is not readable JSON ({error}): download it again") from None
+    missing = f"{path} is missing: it is the {what}, download the whole model"
+    data = load_json(path, missing, "download it again")
     if not isinstance(data, dict):
         raise UserError(f"{path} is not a JSON object: download it again")
     return data
@@ -109,15 +91,12 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 def companions(folder: Path) -> list[Path]:
     """The files of COMPANIONS that `folder` has."""
-    return sorted({p for pattern in COMPANIONS for p in folder.glob(pattern) if p.is_file()})
+    return matching(folder, COMPANIONS)
 
 
 def copy_companions(source: Path, target: Path) -> None:
     """Copy config, tokenizer, chat template and licence files of `source` to `target`."""
-    for path in companions(source):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+    copy_matching(source, target, COMPANIONS)
 
 
 class Weights:

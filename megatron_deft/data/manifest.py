@@ -9,6 +9,7 @@ from typing import Any
 from xxhash import xxh3_128
 
 from megatron_deft.errors import UserError
+from megatron_deft.files import read_json
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron-deft token set"
@@ -52,15 +53,11 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder: name a set that `megatron-deft prepare` wrote")
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} is no prepared set, it has no {MANIFEST}: name a folder that "
-            "`megatron-deft prepare` wrote"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not readable JSON ({error}): prepare the set again") from None
+    missing = (
+        f"{folder} is no prepared set, it has no {MANIFEST}: name a folder that "
+        "`megatron-deft prepare` wrote"
+    )
+    found = read_json(path, missing, "prepare the set again")
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise UserError(f"{path} is not that of a prepared set: name another folder")
     if found.get("version") != VERSION:

@@ -16,21 +16,8 @@ from typing import Any
 from xxhash import xxh3_128
 
 from megatron_deft.errors import UserError
+from megatron_deft.hf_files import TOKENIZER_FILES, copy_matching
 
-# What AutoTokenizer reads; config.json decides which class it takes where tokenizer_config.json
-# names none.
-_FILES = (
-    "config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
 _IRRELEVANT = ("version", "truncation", "padding", "post_processor", "decoder")
 _SPECIAL = ("bos_token", "eos_token")
 
@@ -94,10 +81,7 @@ def save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
     The files are copied and not written anew: each version of transformers writes its own.
     """
     target.mkdir()
-    for path in sorted({p for pattern in _FILES for p in source.glob(pattern) if p.is_file()}):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, copy)
+    copy_matching(source, target, TOKENIZER_FILES)
     from transformers import AutoTokenizer
 
     read = AutoTokenizer.from_pretrained(target, local_files_only=True)

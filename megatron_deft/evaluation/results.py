@@ -1,7 +1,6 @@
 """Means with 95% intervals, the table that compares models, and the files that keep answers."""
 
 import json
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 
@@ -166,9 +166,7 @@ def machine() -> dict[str, Any]:
         names = []
     return {
         "processor": names[0] if names else platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": available_cores(),
     }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_deft.data.manifest import MANIFEST
 from megatron_deft.data.prepare.released import M23K_PROCESSED, MATH, MEDICAL, NUMINA_SUBSET
 from megatron_deft.errors import UserError
+from megatron_deft.options import add_number
 
 if TYPE_CHECKING:
     from megatron_deft.data.prepare.settings import RowSettings
@@ -39,12 +40,12 @@ def add_medical_arguments(parser: argparse.ArgumentParser) -> None:
 def add_figfont_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `prepare figfont`."""
     parser.add_argument("out", metavar="OUT", help="folder to write")
-    _int(parser, "--train-size", None, "first so many training samples")
-    _int(parser, "--test-size", None, "first so many test samples")
-    _int(parser, "--min-word-len", 2, "shortest word, letters")
-    _int(parser, "--max-word-len", 5, "longest word, letters")
+    add_number(parser, "--train-size", None, "first so many training samples")
+    add_number(parser, "--test-size", None, "first so many test samples")
+    add_number(parser, "--min-word-len", 2, "shortest word, letters")
+    add_number(parser, "--max-word-len", 5, "longest word, letters")
     parser.add_argument("--fonts", metavar="A,B", help="pyfiglet fonts [the paper's]")
-    _int(parser, "--seed", 42, "of words and fonts")
+    add_number(parser, "--seed", 42, "of words and fonts")
     _overwrite(parser)
 
 
@@ -55,10 +56,10 @@ def _add_set_arguments(parser: argparse.ArgumentParser, source: str) -> None:
         "--source", nargs="+", default=[source], metavar="SOURCE",
         help=f"parquet or JSONL files, a folder of them, or an id of the Hub [{source}]",
     )  # fmt: skip
-    _int(parser, "--limit", None, "first so many rows of the source")
-    _int(parser, "--val-size", 128, "rows of val.parquet, the first ones")
+    add_number(parser, "--limit", None, "first so many rows of the source")
+    add_number(parser, "--val-size", 128, "rows of val.parquet, the first ones")
     add("--hold-out", action="store_true", help="leave the rows of val.parquet out of train")
-    _int(parser, "--seed", None, "draw the rows of --limit and of val by it, not the first")
+    add_number(parser, "--seed", None, "draw the rows of --limit and of val by it, not the first")
     add("--bad-rows", choices=("error", "drop"), default="error",
         help="a row that cannot be used is an error, or left out and counted [error]")  # fmt: skip
     _overwrite(parser)
@@ -74,11 +75,6 @@ def _add_tokenising_arguments(
     add("--max-length", type=int, default=max_length, metavar="N",
         help=f"tokens of a sample, longer ones are cut [{max_length}]")  # fmt: skip
     add("--workers", type=int, default=1, metavar="N", help="processes [1]")
-
-
-def _int(parser: argparse.ArgumentParser, name: str, default: int | None, help: str) -> None:
-    shown = "" if default is None else f" [{default}]"
-    parser.add_argument(name, type=int, default=default, metavar="N", help=help + shown)
 
 
 def _overwrite(parser: argparse.ArgumentParser) -> None:

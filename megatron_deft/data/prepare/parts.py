@@ -4,7 +4,6 @@ The folder's name has a key of everything that decides about its content, so a r
 goes on where it stopped, and one with other settings starts anew.
 """
 
-import fcntl
 import json
 import logging
 import os
@@ -21,7 +20,7 @@ from xxhash import xxh3_64
 
 from megatron_deft.data.prepare.samples import Counts, Part, Tally
 from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_write
+from megatron_deft.files import atomic_write, lock
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +80,7 @@ def _held(folder: Path) -> Iterator[bool]:
     """Whether no other process holds the folder; it is ours until the block ends."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:  # a file system without locks
-            pass
-        yield True
+        yield lock(descriptor) is not False  # without locks everything is ours
     finally:
         os.close(descriptor)
 
