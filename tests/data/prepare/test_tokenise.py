@@ -1,10 +1,12 @@
 """Files become sets: the same bytes whoever makes them, and what is left out is counted."""
 
+import io
 import json
 import multiprocessing
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,27 @@ def test_original_prompts_need_no_template(tmp_path: Path, tiny_folder: Path) ->
 def test_settings_that_are_none(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         RowSettings(**settings)
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar(
+    tmp_path: Path, tiny_folder: Path, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stream, progress, expected in (
+        (Terminal(), True, True),
+        (Terminal(), False, False),
+        (io.StringIO(), True, False),  # a log file is no place for one
+    ):
+        monkeypatch.setattr(sys, "stderr", stream)
+        prepare_set(tmp_path / "set", [file], tiny_folder, overwrite=True, progress=progress)
+        assert ("tokenising: 100%" in stream.getvalue()) is expected
+        assert (f"samples={len(ROWS)}" in stream.getvalue()) is expected
 
 
 def test_the_command(
