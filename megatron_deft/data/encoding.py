@@ -7,29 +7,29 @@ generation will: a prompt's tokens are fixed before the first token of the respo
 Rejected: character offsets, since several byte-level tokenizers leave spaces out of them.
 
 *How it is fast.* `tokenizers` looks for its special tokens first and tokenises what lies between
-them piece by piece, without a look at what stands on the other side. Such a token is an anchor: the
-ids up to it are the same whatever follows. So the text before a boundary has the ids of the whole
-up to the last anchor, and then those of the few characters from there to the boundary, which are
-nearly always the same ("assistant" and a line end) and are tokenised once in a batch. Where the
-anchors seen in the text are not those seen in the ids, and for a sample that has to be cut, the
-text before each boundary is tokenised as it stands.
+them piece by piece, without a look at what stands on the other side. Such a token is an anchor, and
+the text between two anchors a span: what its ids are depends on nothing else. So each span of a
+batch is tokenised once, however often it occurs (system messages and tools do in nearly every
+sample), and so is each beginning of a span that ends at a boundary (nearly always "assistant" and a
+line end). Where a span's beginning has other ids by itself, or the anchors of the text are not read
+as such, the sample is encoded by the rule as it stands.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from megatron_deft.data.samples import Encoded, Rendered
 
 Tokenise = Callable[[list[str]], list[list[int]]]  # the ids of each text
 
-_Tail = tuple[str, str]  # an anchor ("" for the beginning of the text), and text after it
-_Plan = list[tuple[int, _Tail]]  # of each boundary: how many ids the anchor ends, and the tail
+_Span = tuple[str, str, str]  # text, between the anchors before and after it ("" for none)
+_Head = tuple[int, _Span]  # the span in which a boundary is, by number; and what of it is before
 
 
 def encode(tokenizer: Any, samples: Sequence[Rendered]) -> list[Encoded]:
@@ -45,11 +45,10 @@ def encode(tokenizer: Any, samples: Sequence[Rendered]) -> list[Encoded]:
     python = _python(tokenizer)
     if getattr(tokenizer, "is_fast", False):
         with _bare(tokenizer) as backend:
-            rust = _rust(backend)
             texts = ["".join(sample.pieces) for sample in samples]
-            whole = rust(texts)
-            if whole[0] == python(texts[:1])[0]:  # else its class does more than its backend
-                return _encode_batch(backend, rust, samples, texts, whole)
+            encoded = _encode_batch(backend, samples, texts)
+            if encoded[0].tokens.tolist() == python(texts[:1])[0]:
+                return encoded  # else its class does more than its backend
     return [encode_exactly(python, sample) for sample in samples]
 
 
@@ -68,143 +67,137 @@ def encode_exactly(tokenise: Tokenise, sample: Rendered) -> Encoded:
     return Encoded(np.array(done + ids, np.int32), np.array(weights, np.float32))
 
 
-def _encode_batch(
-    backend: Any,
-    tokenise: Tokenise,
-    samples: Sequence[Rendered],
-    texts: Sequence[str],
-    whole: Sequence[list[int]],
-) -> list[Encoded]:
-    """Samples from the ids of their whole texts: where in them each piece ends."""
-    flat = np.fromiter(chain.from_iterable(whole), np.int32)
-    edges = np.cumsum([0, *map(len, whole)]).tolist()
-    anchors = _anchors(backend, flat)
-    places = _places(anchors, flat, edges)
-    plans = [
-        _plan(anchors, sample, text, place)
-        for sample, text, place in zip(samples, texts, places, strict=True)
+def _encode_batch(backend: Any, samples: Sequence[Rendered], texts: Sequence[str]) -> list[Encoded]:
+    tokenise, anchors = _rust(backend), _anchors(backend)
+    spans = [anchors.cut(text) for text in texts]
+    heads = [_heads(s.pieces, cut) for s, cut in zip(samples, spans, strict=True)]
+    beginnings = (head for row in heads if row for _, head in row)
+    ids = _read(tokenise, anchors, chain(chain.from_iterable(spans), beginnings))
+    return [
+        _joined(sample, anchors, cut, row, ids) or encode_exactly(tokenise, sample)
+        for sample, cut, row in zip(samples, spans, heads, strict=True)
     ]
-    tails = _tail_ids(tokenise, anchors, {tail for plan in plans if plan for _, tail in plan})
-    encoded = []
-    for index, (sample, ids, plan) in enumerate(zip(samples, whole, plans, strict=True)):
-        counts = _counts(ids, plan, tails)
-        if counts is None:
-            encoded.append(encode_exactly(tokenise, sample))
-        else:
-            tokens = flat[edges[index] : edges[index + 1]]
-            weights = np.array(sample.weights, np.float32)
-            encoded.append(Encoded(tokens, weights.repeat(counts)))
-    return encoded
 
 
 class _Anchors(NamedTuple):
-    """The anchors that a batch has, and what finds them in a text.
+    """What finds the anchors of a tokenizer in a text.
 
     `pattern` also finds the other tokens that `tokenizers` looks for at the same time: the longest
     of those that begin at one place wins, and it may be no anchor.
     """
 
-    pattern: re.Pattern[str]
+    pattern: re.Pattern[str] | None
     ids: dict[str, int]
 
-    def find(self, text: str) -> list[tuple[int, str]]:
-        """Where each anchor of `text` ends, and the anchor."""
-        if not self.ids:
-            return []
-        found = [(match.end(), match[0]) for match in self.pattern.finditer(text)]
-        return [(end, mark) for end, mark in found if mark in self.ids]
+    def cut(self, text: str) -> list[_Span]:
+        """The spans of a text, in order."""
+        if self.pattern is None:
+            return [("", text, "")]
+        spans = []
+        before, start = "", 0
+        for match in self.pattern.finditer(text):
+            mark = match[0]
+            if mark in self.ids:
+                spans.append((before, text[start : match.start()], mark))
+                before, start = mark, match.end()
+        spans.append((before, text[start:], ""))
+        return spans
 
 
-def _anchors(backend: Any, flat: NDArray[np.int32]) -> _Anchors:
-    """The anchors among the ids of a batch.
+def _anchors(backend: Any) -> _Anchors:
+    """The anchors that a tokenizer has.
 
     Not a token that is looked for in the normalised text (after the others, so within what lies
     between them), and none that has to stand alone as a word (what follows it decides). Those that
-    eat the white space beside them are anchors: they stand in front of the tail as well.
+    eat the white space beside them are anchors: a span is read with its anchors.
     """
-    added = backend.get_added_tokens_decoder()
-    seen = np.zeros(max(added, default=0) + 1, bool)
-    seen[flat[flat < len(seen)]] = True
-    raw = {i: token for i, token in added.items() if seen[i] and not token.normalized}
+    raw = {i: t for i, t in backend.get_added_tokens_decoder().items() if not t.normalized}
     ids = {
         token.content: i
         for i, token in raw.items()
         if token.special and not token.single_word and not backend.encode_special_tokens
     }
-    texts = sorted((token.content for token in raw.values()), key=len, reverse=True)
-    return _Anchors(re.compile("|".join(map(re.escape, texts))), ids)
+    texts = tuple(token.content for token in raw.values())
+    return _Anchors(_pattern(texts) if ids else None, ids)
 
 
-def _places(
-    anchors: _Anchors, flat: NDArray[np.int32], edges: Sequence[int]
-) -> list[list[tuple[int, int]]]:
-    """Of each sample: where in its ids the anchors are, and which they are."""
-    ids = np.fromiter(anchors.ids.values(), np.int32)
-    lookup = np.zeros(max(flat.max(initial=0), ids.max(initial=0)) + 1, bool)
-    lookup[ids] = True
-    hits = np.flatnonzero(lookup[flat])
-    cuts = np.searchsorted(hits, edges).tolist()
-    pairs = list(zip(hits.tolist(), flat[hits].tolist(), strict=True))
-    return [
-        [(place - start, token) for place, token in pairs[first:last]]
-        for start, first, last in zip(edges, cuts, cuts[1:], strict=False)
-    ]
+@lru_cache(maxsize=4)
+def _pattern(texts: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(_any_of(texts))
 
 
-def _plan(
-    anchors: _Anchors, sample: Rendered, text: str, places: list[tuple[int, int]]
-) -> _Plan | None:
-    """What there is to check at each boundary; None where text and ids have other anchors."""
-    found = anchors.find(text)
-    if [anchors.ids[mark] for _, mark in found] != [token for _, token in places]:
-        return None
-    plan = []
-    char = passed = 0  # the boundary, and how many anchors end before it
-    for piece in sample.pieces[:-1]:
-        char += len(piece)
-        while passed < len(found) and found[passed][0] <= char:
-            passed += 1
-        if passed:
-            end, mark = found[passed - 1]
-            plan.append((places[passed - 1][0] + 1, (mark, text[end:char])))
+def _any_of(texts: Iterable[str]) -> str:
+    """A pattern of any of `texts`, the longest first; a tree of letters, as some have thousands."""
+    rest: dict[str, list[str]] = {}
+    for text in texts:
+        rest.setdefault(text[:1], []).append(text[1:])
+    is_optional = rest.pop("", None) is not None
+    choice = "|".join(re.escape(letter) + _any_of(tails) for letter, tails in rest.items())
+    return f"(?:{choice}){'?' if is_optional else ''}" if rest else ""
+
+
+def _heads(pieces: Sequence[str], spans: Sequence[_Span]) -> list[_Head] | None:
+    """The head at each boundary between pieces; None where a boundary lies within an anchor."""
+    heads = []
+    boundary = start = number = 0
+    for piece in pieces[:-1]:
+        boundary += len(piece)
+        before, text, after = spans[number]
+        while after and boundary >= start + len(text) + len(after):
+            start, number = start + len(text) + len(after), number + 1
+            before, text, after = spans[number]
+        if boundary - start > len(text):
+            return None
+        heads.append((number, (before, text[: boundary - start], "")))
+    return heads
+
+
+def _read(tokenise: Tokenise, anchors: _Anchors, spans: Iterable[_Span]) -> dict[_Span, list[int]]:
+    """The ids of each span's text, without those whose anchors are not read as such."""
+    found: dict[_Span, list[int]] = {span: [] for span in spans}
+    full = [span for span in found if span[1]]
+    for span, ids in zip(full, tokenise(["".join(span) for span in full]), strict=True):
+        start, end = (anchors.ids[mark] if mark else None for mark in (span[0], span[2]))
+        if (start in (None, *ids[:1])) and (end in (None, *ids[-1:])):
+            found[span] = ids[start is not None : len(ids) - (end is not None)]
         else:
-            plan.append((0, ("", text[:char])))
-    return plan
-
-
-def _tail_ids(
-    tokenise: Tokenise, anchors: _Anchors, tails: set[_Tail]
-) -> dict[_Tail, list[int] | None]:
-    """The ids of each tail behind its anchor; None where the anchor is not read as one."""
-    ordered = sorted(tails)
-    ids = tokenise([mark + tail for mark, tail in ordered])
-    found: dict[_Tail, list[int] | None] = {}
-    for (mark, tail), read in zip(ordered, ids, strict=True):
-        if mark:
-            found[mark, tail] = read[1:] if read[:1] == [anchors.ids[mark]] else None
-        else:
-            found[mark, tail] = read
+            del found[span]
     return found
 
 
-def _counts(
-    ids: list[int], plan: _Plan | None, tails: dict[_Tail, list[int] | None]
-) -> list[int] | None:
-    """How many ids each piece has; None where they do not begin with those before a boundary."""
-    if plan is None:
+def _joined(
+    sample: Rendered,
+    anchors: _Anchors,
+    spans: Sequence[_Span],
+    heads: Sequence[_Head] | None,
+    ids: dict[_Span, list[int]],
+) -> Encoded | None:
+    """A sample of the ids of its spans and anchors; None where only the rule can tell them."""
+    if heads is None:
         return None
+    tokens: list[int] = []
+    starts = []  # of each span
+    for span in spans:
+        if span not in ids:
+            return None
+        starts.append(len(tokens))
+        tokens += ids[span]
+        if span[2]:
+            tokens.append(anchors.ids[span[2]])
     counts = []
-    start = 0
-    for behind, key in plan:
-        tail = tails[key]
-        if tail is None:
+    last = 0
+    for number, head in heads:
+        if head not in ids:
             return None
-        end = behind + len(tail)
-        if end < start or ids[behind:end] != tail:
+        end = starts[number] + len(ids[head])
+        if end < last or tokens[starts[number] : end] != ids[head]:
             return None
-        counts.append(end - start)
-        start = end
-    return [*counts, len(ids) - start]
+        counts.append(end - last)
+        last = end
+    weights = np.array(sample.weights, np.float32)
+    return Encoded(
+        np.fromiter(tokens, np.int32, len(tokens)), weights.repeat([*counts, len(tokens) - last])
+    )
 
 
 @contextmanager

@@ -123,6 +123,8 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(content, str) and (content is not None or not calls):
         also = ", or tool_calls" if role == "assistant" else ""
         raise UserError(f"{where}.content: expected a string{also}, got {_kind(content)}")
+    if len(message) == 2 and isinstance(content, str):  # as nearly all are: no more to look at
+        return dict(message)
     clean = {
         key: value if isinstance(value, str) else _without_nulls(value)
         for key, value in message.items()

@@ -58,8 +58,7 @@ def test_it_is_exact(kind: str, with_added: bool, samples: list[list[str]]) -> N
 CHAT = ["<s><|im_start|>user\nit is a\n<|im_end|>\n<|im_start|>assistant\n", "HI<|im_end|>", "\n"]
 
 
-def test_a_chat_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what stands before its boundaries only once in a batch."""
+def test_what_a_batch_has_again_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = tokenizer_of("gpt2")
     seen: list[str] = []
     rust = encoding._rust
@@ -69,10 +68,27 @@ def test_a_chat_is_tokenised_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return lambda texts: seen.extend(texts) or tokenise(texts)  # type: ignore[func-returns-value]
 
     monkeypatch.setattr(encoding, "_rust", watched)
-    encode(tokenizer, [rendered(CHAT * 2)] * 50)
-    assert seen[:50] == ["".join(CHAT * 2)] * 50
-    tails = ["<|im_end|>", "<|im_end|>\n", "<|im_start|>assistant\n"]
-    assert sorted(seen[50:]) == tails
+    encode(tokenizer, [rendered(["<|im_start|>user\nI", *CHAT[1:], *CHAT])] + [rendered(CHAT)] * 50)
+    assert sorted(seen) == sorted(
+        [
+            "<|im_start|>user\nIHI<|im_end|>",
+            "<|im_start|>user\nI",  # up to the boundary
+            "<|im_end|>\n<s>",
+            "<|im_start|>user\nit is a\n<|im_end|>",
+            "<|im_end|>\n<|im_start|>",
+            "<|im_start|>assistant\nHI<|im_end|>",
+            "<|im_start|>assistant\n",
+            "<|im_end|>\n",
+        ]
+    )
+
+
+def test_the_longest_of_many_tokens_is_found() -> None:
+    tokens = [f"<unused{number}>" for number in range(6000)] + ["<a", "<a>b", "\n", "\n\n", ".*"]
+    pattern = encoding._pattern(tuple(tokens))
+    text = "x<a><a>b<unused12><unused1\n\n\n.*.x<unused5999><unused6000>"
+    found = ["<a", "<a>b", "<unused12>", "\n\n", "\n", ".*", "<unused5999>"]
+    assert pattern.findall(text) == found
 
 
 def test_the_tokenizers_own_settings_are_neither_used_nor_changed() -> None:
