@@ -8,6 +8,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from megatron_deft.evaluation.general_arguments import (
+    DESCRIPTION,
+    EXAMPLE,
+    add_general_arguments,
+    run_general,
+)
 from megatron_deft.options import add_number
 
 Arguments = argparse.Namespace
@@ -109,6 +115,7 @@ EVALUATE: dict[str, tuple[Callable[..., None], Callable[[Arguments], int], str, 
     name: (_add_task_arguments, partial(_run_task, name), text, example)
     for name, (text, example) in _TASKS.items()
 } | {
+    "general": (add_general_arguments, run_general, DESCRIPTION, EXAMPLE),
     "score": (
         _add_score_arguments,
         _run_score,

@@ -17,7 +17,6 @@ from typing import Any
 
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation.engines import check_folder, engine_name, load_tokenizer
-from megatron_deft.evaluation.figfont import _labels
 from megatron_deft.evaluation.harness import (
     DTYPES,
     TaskSet,
@@ -28,16 +27,10 @@ from megatron_deft.evaluation.harness import (
     load_tasks,
     measure,
 )
-from megatron_deft.evaluation.results import (
-    Interval,
-    Metric,
-    bootstrap,
-    format_table,
-    machine,
-    model_identity,
-    versions,
-    wilson,
-)
+from megatron_deft.evaluation.log import labels_of, model_identity
+from megatron_deft.evaluation.results import format_table, machine, versions
+from megatron_deft.evaluation.scoring import results_path
+from megatron_deft.evaluation.statistics import Interval, bootstrap
 from megatron_deft.files import atomic_write, read_json
 from megatron_deft.platform import device
 
@@ -64,13 +57,13 @@ def evaluate(
     apply_chat_template: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Score Hugging Face folders on tasks of lm-eval; print tables that compare them.
+    """Score Hugging Face folders on tasks of lm-eval.
 
     The first model is what the others are compared with. `tasks`: names, groups, tags or patterns
     of lm-eval, of YAML files under the folder `include_path`, or such files. `limit` takes the
     first so many questions of each task. `num_fewshot`: examples before each question, in place of
     the tasks' own number; a task that fixes it at 0 keeps that, and is named. `batch_size` is
-    transformers' alone. `names` (the folders' names unless given) stand in the table.
+    transformers' alone. `names` (the folders' names unless given) name them in the results.
 
     `out` is the file for the results, or a folder for results.json. Beside it general_NAME.json
     keeps each model's scores, question by question, and is written after each task: a rerun asks
@@ -88,7 +81,7 @@ def evaluate(
     """
     check_installed()
     folders = [check_folder(model) for model in models]
-    labels = _labels(folders, names)
+    labels = labels_of(folders, names)
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise UserError(f"{name}={value}: at least 1 is needed")
@@ -107,9 +100,7 @@ def evaluate(
     }
     if apply_chat_template:
         _check_templates(folders)
-    target = Path(out) if out is not None else None
-    if target is not None and target.suffix != ".json":
-        target /= "results.json"
+    target = results_path(out)
     _say(progress, f"lm-eval: loading {', '.join(tasks)}")
     with calm(progress):
         sets, fixed = load_tasks(tasks, include_path, num_fewshot, limit)
@@ -137,14 +128,20 @@ def evaluate(
         "data": {"tasks": _asked(sets, scores[labels[0]])},
         "settings": settings,
         "models": {label: {**entries[label], **summary[label]} for label in labels},
-        "versions": {**versions(), "lm_eval": settings["lm_eval"]},
+        "versions": versions(),
         "machine": machine(),
     }
     if target is not None:
         _write(target, results)
-    first = "" if limit is None else f"the first {limit} questions of each, "
-    print(f"{TITLE}: {first}percent [95%]\n" + _tables(scores, summary))
     return results
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """What results.json holds as plain text: a column per task, and one for their mean."""
+    limit = results["settings"]["limit"]
+    first = "" if limit is None else f"the first {limit} questions of each, "
+    tables = _tables(results["data"]["tasks"], results["models"])
+    return f"{results['title']}: {first}percent [95%]\n\n{tables}"
 
 
 def _scores(
@@ -285,15 +282,14 @@ def _asked(sets: Sequence[TaskSet], scores: Scores) -> dict[str, Any]:
     }
 
 
-def _tables(scores: Mapping[str, Scores], summary: Mapping[str, Mapping[str, Any]]) -> str:
+def _tables(asked: Scores, summary: Mapping[str, Mapping[str, Any]]) -> str:
     """A column per set, and one for the mean of those that can be compared."""
-    asked = scores[next(iter(scores))]
-    columns = {name: _column(_label(name, score)) for name, score in asked.items()}
+    columns = {name: _label(name, score) for name, score in asked.items()}
     groups = _groups(asked)
     mean = next(iter(groups)) if len(groups) == 1 else AVERAGE
     averaged = groups.get(mean, [])
     if len(averaged) > 1:
-        columns[_MEAN] = _column("mean of tasks")
+        columns[_MEAN] = "mean of tasks"
     factors = {name: 1 if score["fraction"] else 0.01 for name, score in asked.items()}
     cells: dict[str, dict[str, Any]] = {}
     for label, each in summary.items():
@@ -324,10 +320,6 @@ def _shown(entry: Mapping[str, Any], factor: float) -> dict[str, Any]:
         key: _shown(value, factor) if isinstance(value, Mapping) else value * factor
         for key, value in entry.items()
     }
-
-
-def _column(label: str) -> Metric:
-    return Metric(label, lambda *_: 0.0, wilson)
 
 
 def _write(file: Path, content: Mapping[str, Any], indent: int | None = 2) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from megatron_deft.options import add_number
 
@@ -12,7 +13,7 @@ DESCRIPTION = (
     "each model's scores and its differences to the first. A rerun asks only what is missing."
 )
 EXAMPLE = (
-    "evaluate general hf/base hf/deft --tasks mmlu,ifeval --out results/general\n"
+    "hf/base hf/deft --tasks mmlu,ifeval --out results/general\n"
     "  megatron-deft evaluate general hf/base hf/deft --tasks mine --include-path my_tasks"
 )
 
@@ -26,7 +27,8 @@ def add_general_arguments(parser: argparse.ArgumentParser) -> None:
         help="tasks, groups, tags or patterns of lm-eval (`lm-eval ls tasks`), or YAML files",
     )  # fmt: skip
     add("--include-path", metavar="FOLDER", help="where YAML files of further tasks are")
-    add("--out", metavar="FILE", help="write results as JSON, and what a rerun needs beside it")
+    add("--out", metavar="PATH", help="folder for results.json and what a rerun needs, or a file")
+    add("--json", action="store_true", help="print the results as JSON")
     add("--names", metavar="A,B", help="names in the table [the folders']")
     add("--engine", choices=("auto", "transformers", "vllm"), default="auto")
     add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
@@ -41,9 +43,9 @@ def add_general_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_general(args: argparse.Namespace) -> int:
     """Score the models and print the tables; returns 0."""
-    from megatron_deft.evaluation.general import evaluate
+    from megatron_deft.evaluation.general import describe, evaluate
 
-    evaluate(
+    results = evaluate(
         args.models,
         [task for task in args.tasks.split(",") if task],
         include_path=args.include_path,
@@ -56,4 +58,5 @@ def run_general(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         apply_chat_template=args.apply_chat_template,
     )
+    print(json.dumps(results, indent=2) if args.json else describe(results))
     return 0

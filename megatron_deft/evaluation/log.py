@@ -1,7 +1,8 @@
 """The file that keeps the answers of one model as they come."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,22 @@ def read_log(file: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     except (ValueError, TypeError, KeyError) as error:
         why = f" ({error})" if isinstance(error, ValueError) else ""
         raise UserError(f"{file}: not a file of generations{why}: remove it") from error
+
+
+def labels_of(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
+    """A name per model (its folder's unless given), each fit for a file name and none twice."""
+    if not folders:
+        raise UserError("no model to evaluate: name at least one Hugging Face folder")
+    if names is None:
+        names = [folder.resolve().name for folder in folders]
+    if len(names) != len(folders):
+        raise UserError(f"{len(names)} names for {len(folders)} models: give one each")
+    for name in names:
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"name {name!r}: letters, digits and . _ - are legal")
+    if len(set(names)) < len(names):
+        raise UserError(f"two models share a name ({', '.join(names)}): pass distinct --names")
+    return list(names)
 
 
 def log_path(folder: Path, label: str) -> Path:

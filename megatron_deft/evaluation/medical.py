@@ -22,7 +22,7 @@ from megatron_deft.data.prepare.released import BOXED, MEDICAL
 from megatron_deft.data.rows import RowError, find_rows
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation.engines import Sampling
-from megatron_deft.evaluation.results import Metric, wilson
+from megatron_deft.evaluation.results import Metric
 from megatron_deft.evaluation.task import Question, Record, Task
 
 LETTERS = "ABCDEFGHIJKLMN"  # an option's name is one of them
@@ -67,13 +67,13 @@ def extract_option(output: str, options: Mapping[str, str]) -> tuple[str, str]:
     return max(reversed(ratios), key=lambda letter: ratios[letter]), GUESS
 
 
-def score(records: Sequence[Record], processes: int = 1) -> list[dict[str, float]]:
+def score(records: Sequence[Record], workers: int = 1) -> list[dict[str, float]]:
     """Whether each answer names the right option: {"accuracy": 1 or 0}.
 
-    Logs one line that tells how many options each rule found. `processes` is not used: the longest
+    Logs one line that tells how many options each rule found. `workers` are not needed: the longest
     answers take 20 milliseconds each.
     """
-    del processes
+    del workers
     found = [extract_option(record["output"], record["gold"]["options"]) for record in records]
     counts = Counter(rule for _, rule in found)
     _log.info(
@@ -147,17 +147,12 @@ def _has(prompt: str, options: Mapping[str, str]) -> bool:
     )
 
 
-def _metric(label: str) -> Metric:
-    return Metric(label, lambda *_: 0.0, wilson)
-
-
-METRICS = {"accuracy": _metric("accuracy")}
 TASK = Task(
     name="medical",
     title="Medical",
     read=read,
     prompts=PROMPTS,
-    metrics=METRICS,
+    metrics={"accuracy": Metric("accuracy", True)},
     score=score,
     sampling=Sampling(MAX_NEW_TOKENS),
 )

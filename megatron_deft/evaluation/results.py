@@ -10,7 +10,7 @@ from typing import Any
 from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.evaluation.statistics import Interval, bootstrap, pass_at_k, wilson
 
-_PACKAGES = ("megatron_deft", "torch", "transformers", "tokenizers", "vllm", "math-verify")
+_PACKAGES = ("megatron_deft", "torch", "transformers", "tokenizers", "vllm", "math-verify", "lm_eval")
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # metric -> set -> the value of each question
 
@@ -124,14 +124,14 @@ def format_tables(labels: Mapping[str, str], summary: Mapping[str, Mapping[str, 
     sets = list(next(iter(summary.values()))["sets"])
     if len(sets) == 1:
         cells = {model: {k: s["scores"][k] for k in shown} for model, s in summary.items()}
-        return _table({key: labels[key] for key in shown}, cells)
+        return format_table({key: labels[key] for key in shown}, cells)
     tables = []
     for key in shown:
         cells = {
             model: {**{name: s["sets"][name][key] for name in sets}, "": s["scores"][key]}
             for model, s in summary.items()
         }
-        table = _table({**{name: name for name in sets}, "": "mean"}, cells)
+        table = format_table({**{name: name for name in sets}, "": "mean"}, cells)
         tables.append(f"{labels[key]}\n{table}")
     return "\n\n".join(tables)
 
@@ -141,9 +141,13 @@ def _without_small_k(keys: Iterable[str]) -> list[str]:
     return [key for key in keys if "pass@" not in key or key in last.values()]
 
 
-def _table(
+def format_table(
     columns: Mapping[str, str], cells: Mapping[str, Mapping[str, Mapping[str, Any]]]
 ) -> str:
+    """Aligned plain text in percent: a row per model, and one for its deltas to the first.
+
+    columns: key -> label; cells: model -> key -> {mean, low, high, delta}.
+    """
     rows = [["model", *columns.values()]]
     first = next(iter(cells))
     for model, entries in cells.items():

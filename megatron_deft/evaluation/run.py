@@ -1,7 +1,6 @@
 """Let models answer the questions of a task; each answer is written as it comes, then scored."""
 
 import json
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +19,7 @@ from megatron_deft.evaluation.engines import (
     load_tokenizer,
     make_engine,
 )
-from megatron_deft.evaluation.log import GenerationLog, Key, log_path, model_identity
+from megatron_deft.evaluation.log import GenerationLog, Key, labels_of, log_path, model_identity
 from megatron_deft.evaluation.prompts import check_prompt, render_prompt, template_of
 from megatron_deft.evaluation.scoring import Answers, results_path, score_answers
 from megatron_deft.evaluation.task import Question, Task
@@ -73,7 +72,7 @@ def evaluate(
     """
     choices = choices or Choices()
     folders = [check_folder(model) for model in models]
-    labels = _labels(folders, names)
+    labels = labels_of(folders, names)
     prompt_type, template = template_of(task, choices.prompt_type)
     sampling, samples = _sampling(task, choices)
     files = [str(file) for file in data]
@@ -174,22 +173,6 @@ def _limited(questions: Sequence[Question], limit: int | None) -> list[int]:
         if limit is None or seen[question.set] <= limit:
             wanted.append(index)
     return wanted
-
-
-def _labels(folders: Sequence[Path], names: Sequence[str] | None) -> list[str]:
-    """A name per model, each fit for a file name and none twice."""
-    if not folders:
-        raise UserError("no model to evaluate: name at least one Hugging Face folder")
-    if names is None:
-        names = [folder.resolve().name for folder in folders]
-    if len(names) != len(folders):
-        raise UserError(f"{len(names)} names for {len(folders)} models: give one each")
-    for name in names:
-        if not re.fullmatch(r"[\w.-]+", name):
-            raise UserError(f"name {name!r}: letters, digits and . _ - are legal")
-    if len(set(names)) < len(names):
-        raise UserError(f"two models share a name ({', '.join(names)}): pass distinct --names")
-    return list(names)
 
 
 def _digest(questions: Sequence[Question]) -> str:

@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation import general
-from megatron_deft.evaluation.general import evaluate
+from megatron_deft.evaluation.general import describe, evaluate
 from megatron_deft.evaluation.general_arguments import add_general_arguments, run_general
 from megatron_deft.evaluation.harness import _known
-from megatron_deft.evaluation.results import bootstrap
+from megatron_deft.evaluation.statistics import bootstrap
 from tests.evaluation.conftest import WORDS
 
 pytest.importorskip("accelerate")
@@ -153,17 +153,12 @@ def expected_correct(
 
 
 def test_two_models_on_two_tasks(
-    model: Path,
-    other_model: Path,
-    tasks: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    model: Path, other_model: Path, tasks: Path, tmp_path: Path
 ) -> None:
     answers = {"tiny_long": [0, 1, 2] * 4, "tiny_short": [2, 2, 1, 0]}
     results = evaluate(
         [model, other_model], list(answers), tasks, out=tmp_path, names=["base", "deft"]
     )
-    printed = capsys.readouterr().out
     assert json.loads((tmp_path / "results.json").read_text()) == results
     means, deltas = {}, {}
     for name, gold in answers.items():
@@ -193,18 +188,16 @@ def test_two_models_on_two_tasks(
     assert results["data"]["tasks"]["tiny_long"]["samples"] == 12
     assert results["task"] == "general"
     assert {"lm_eval", "torch"} <= set(results["versions"])
-    lines = printed.splitlines()
+    lines = describe(results).splitlines()
     assert lines[0] == "General tests: percent [95%]"
-    assert lines[1].split("  ")[0] == "model"
-    assert "tiny_long acc_norm" in lines[1]
-    assert "mean of tasks" in lines[1]
-    assert [line.split()[0] for line in lines[3:]] == ["base", "deft", "-"]
-    assert f"{100 * overall['mean']:.1f}" in lines[4]
+    assert lines[2].split("  ")[0] == "model"
+    assert "tiny_long acc_norm" in lines[2]
+    assert "mean of tasks" in lines[2]
+    assert [line.split()[0] for line in lines[4:]] == ["base", "deft", "-"]
+    assert f"{100 * overall['mean']:.1f}" in lines[5]
 
 
-def test_what_is_no_mean_over_questions(
-    model: Path, other_model: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_no_mean_over_questions(model: Path, other_model: Path, tasks: Path) -> None:
     names = ["tiny_texts", "tiny_words", "tiny_short"]
     results = evaluate([model, other_model], names, tasks)
     first, second = (results["models"][label] for label in ("first", "second"))
@@ -223,7 +216,7 @@ def test_what_is_no_mean_over_questions(
     ]
     assert second["scores"]["average"]["mean"] == pytest.approx(np.mean(parts))
     assert second["scores"]["word_perplexity"] == perplexity
-    printed = capsys.readouterr().out
+    printed = describe(results)
     assert "tiny_texts word_perplexity (no percent, less is better)" in printed
     assert f"{perplexity['mean']:.1f} [" in printed
 
