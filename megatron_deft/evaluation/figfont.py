@@ -83,7 +83,9 @@ def read_questions(files: Sequence[str]) -> list[Question]:
                 f"{path}: no such file: `megatron-deft prepare figfont` writes test.parquet"
             )
         column = _column(path)
-        found = [_question(where, column, row[column]) for where, row in read_rows([file], [column])]
+        found = [
+            _question(where, column, row[column]) for where, row in read_rows([file], [column])
+        ]
         if not found:
             raise UserError(f"{path}: the file has no rows")
         questions += found
@@ -146,5 +148,3 @@ TASK = Task(
     score=score,
     sampling=Sampling(max_new_tokens=5),
 )
-
-

@@ -20,7 +20,7 @@ class GenerationLog:
 
     The first line is `header`, what the answers depend on, with `plan`, how many there are to be. A
     file with the same header is continued, and a line torn by a kill is dropped; any other file is
-    begun anew, and `changed` names what differs. Without a file the answers are only kept in memory.
+    begun anew, and `changed` names what differs. Without a file answers are only kept in memory.
 
     Errors: UserError when `file` holds something else.
     """

@@ -10,7 +10,15 @@ from typing import Any
 from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.evaluation.statistics import Interval, bootstrap, pass_at_k, wilson
 
-_PACKAGES = ("megatron_deft", "torch", "transformers", "tokenizers", "vllm", "math-verify", "lm_eval")
+_PACKAGES = (
+    "megatron_deft",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "math-verify",
+    "lm_eval",
+)
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # metric -> set -> the value of each question
 

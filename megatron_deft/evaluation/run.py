@@ -58,9 +58,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Let Hugging Face folders answer the questions of files, and score them.
 
-    The first model is what the others are compared with. `names` (the folders' names unless given)
-    name them in the results. `out` is the file for the results, or a folder for results.json. Beside it
-    each model's answers are written, as they come, to generations_NAME.jsonl; a rerun with the same
+    The first model is what the others are compared with; `names` (the folders' names unless given)
+    stand in the results. `out` is the file for these, or a folder for results.json. Beside it each
+    model's answers are written, as they come, to generations_NAME.jsonl; a rerun with the same
     model, data and settings continues that file, also with more samples or a higher limit.
 
     workers: processes that score (all cores unless given).

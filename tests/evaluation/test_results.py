@@ -77,12 +77,12 @@ def test_the_tables_of_several_sets() -> None:
     summary = {"base": {"scores": entries, "sets": {"aime": entries, "math": entries}}}
     assert format_tables({key: key for key in keys}, summary).splitlines() == [
         "avg@4",
-        "model  aime               math               mean",
-        "-" * 62,
+        "model  aime                math                mean",
+        "-" * 65,
         "base    50.0 [25.0, 75.0]   50.0 [25.0, 75.0]   50.0 [25.0, 75.0]",
         "",
         "pass@4",
-        "model  aime               math               mean",
-        "-" * 62,
+        "model  aime                math                mean",
+        "-" * 65,
         "base    50.0 [25.0, 75.0]   50.0 [25.0, 75.0]   50.0 [25.0, 75.0]",
     ]
