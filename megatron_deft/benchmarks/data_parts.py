@@ -45,8 +45,11 @@ def encode_texts(texts: str, tokenizer: str, method: str) -> Found:
     return {"seconds": time.perf_counter() - begin, "tokens": tokens}
 
 
-def render_texts(file: str, tokenizer: str, column: str, out: str) -> Found:
-    """Write the whole text of each row as `prepare` renders it. Returns rows and bytes of text."""
+def render_texts(file: str, tokenizer: str, column: str, out: str, times: int) -> Found:
+    """Write the whole text of each row as `prepare` renders it, the file `times` times over.
+
+    Returns rows and bytes of text.
+    """
     from megatron_deft.data.chat import render_columns, render_messages
     from megatron_deft.data.rows import read_rows
     from megatron_deft.data.tokenizer import load_tokenizer
@@ -54,7 +57,7 @@ def render_texts(file: str, tokenizer: str, column: str, out: str) -> Found:
     used = load_tokenizer(tokenizer)
     count = size = 0
     with open(out, "w", encoding="utf-8") as target:
-        for _, row in read_rows([file], [column]):
+        for _, row in read_rows([file] * times, [column]):
             value = row[column]
             if column == "messages":
                 rendered = render_messages(used, value)
