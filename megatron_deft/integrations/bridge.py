@@ -13,7 +13,7 @@ ignored there too, lest they count in an objective's statistics; and the mean di
 that the objective keeps. Getting a batch, packing, context parallelism and the checks of the loss
 stay Bridge's.
 
-Written against Megatron-Bridge 0.2 to 0.4. It is imported when the first step runs, never before.
+Written against Megatron-Bridge 0.3 and 0.4. It is imported when the first step runs, never before.
 """
 
 from __future__ import annotations

@@ -274,6 +274,11 @@ class ObjectiveCallback(TrainerCallback):
         """Refuse what the trainer would leave out without a word."""
         self._calls = 0
         self._sums.clear()
+        if getattr(args, "loss_type", None) == "chunked_nll":  # TRL's, and its default
+            raise UserError(
+                "loss_type='chunked_nll' of TRL computes a loss of its own in the place of logits: "
+                "set SFTConfig(loss_type='nll')"
+            )
         if args.label_smoothing_factor:
             raise UserError(
                 f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a loss "
