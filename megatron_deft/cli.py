@@ -39,6 +39,7 @@ from megatron_deft.data.prepare.arguments import (
     run_medical,
 )
 from megatron_deft.errors import UserError
+from megatron_deft.evaluation.arguments import EVALUATE
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 from megatron_deft.options import add_number
 
@@ -105,24 +106,6 @@ def _train(args: Arguments) -> int:
         return 0
     again = ["--traceback"] if args.traceback else []
     return launch(["-m", "megatron_deft", "train", args.config, *overrides, *again], nodes)
-
-
-def _evaluate_figfont(args: Arguments) -> int:
-    from megatron_deft.evaluation.figfont import evaluate
-
-    evaluate(
-        args.models,
-        args.data,
-        out=args.out,
-        limit=args.limit,
-        batch_size=args.batch_size,
-        max_new_tokens=args.max_new_tokens,
-        engine=args.engine,
-        names=args.names.split(",") if args.names else None,
-        prompt_type=args.prompt_type,
-        dtype=args.dtype,
-    )
-    return 0
 
 
 def _bench(args: Arguments) -> int:
@@ -269,25 +252,8 @@ def _add_data(commands: Group) -> None:
 
 def _add_evaluate(commands: Group) -> None:
     group = _group(commands, "evaluate", "Score models on a task")
-    figfont = _command(
-        group, "figfont", _evaluate_figfont,
-        "Score Hugging Face folders on FigFont. Decoding is greedy; the scores are exact match, "
-        "exact match without case, and Jaro-Winkler similarity. Prints one table of all models.",
-        "evaluate figfont hf/tiny hf/deft --names base,deft --data data/figfont/test.parquet",
-    )  # fmt: skip
-    figfont.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face folders")
-    figfont.add_argument("--data", required=True, metavar="FILE", help="test.parquet of the data")
-    figfont.add_argument("--out", metavar="FILE", help="write results and answers as JSON")
-    figfont.add_argument("--names", metavar="A,B", help="names in the table [the folders']")
-    figfont.add_argument("--engine", choices=("auto", "transformers", "vllm"), default="auto")
-    figfont.add_argument(
-        "--prompt-type", choices=("chat", "qwen_prompt", "llama_prompt"), default="chat",
-        help="the tokenizer's chat template, or a released prompt as it is [chat]"
-    )  # fmt: skip
-    figfont.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
-    add_number(figfont, "--limit", None, "first so many samples")
-    add_number(figfont, "--batch-size", 16, "samples decoded together")
-    add_number(figfont, "--max-new-tokens", 5, "tokens of an answer")
+    for name, (add_arguments, run, text, example) in EVALUATE.items():
+        add_arguments(_command(group, name, run, text, f"evaluate {name} {example}"))
 
 
 def _add_bench(commands: Group) -> None:

@@ -32,6 +32,7 @@ LONGEST = (
     "convert/test_hf",
     "data/prepare/test_sources",
     "models/test_packed",
+    "evaluation/test_general",
     "benchmarks/test_convert",
     "benchmarks/test_data",
 )

@@ -32,7 +32,7 @@ ROOMS = {
         "errors", "files", "hf_files", "checkpoint_folder", "platform", "models", "integrations",
         "revision",
     },
-    "evaluation": {"errors", "files", "checkpoint_folder", "data", "platform"},
+    "evaluation": {"errors", "files", "checkpoint_folder", "options", "data", "platform"},
     "training": {
         "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",
         "platform", "objectives", "revision",

@@ -1,6 +1,7 @@
 """The command line: instant help, one-line errors, exit codes, and what each command calls."""
 
 import errno
+import json
 import subprocess
 import sys
 import types
@@ -345,20 +346,24 @@ def test_tiny_makes_a_model_from_a_corpus(tmp_path, capsys):
     assert "no text" in failure(capsys, *argv, "--overwrite", "--column", "text")
 
 
-def test_evaluate_figfont_calls(monkeypatch):
+def test_evaluate_calls(monkeypatch, capsys):
+    from megatron_deft.evaluation import run
+    from megatron_deft.evaluation.figfont import TASK
+
     seen = []
-    stub(
-        monkeypatch, "megatron_deft.evaluation.figfont", "evaluate",
-        lambda *args, **keys: seen.append((args, keys)),
-    )  # fmt: skip
-    argv = ["a", "b", "--data", "t.parquet", "--names", "base,deft", "--limit", "5"]
-    assert main(["evaluate", "figfont", *argv]) == 0
+
+    def evaluate(*args, **keys):
+        seen.append((args, keys))
+        return {"task": "figfont"}
+
+    monkeypatch.setattr(run, "evaluate", evaluate)
+    argv = ["a", "b", "--data", "t.parquet", "--names", "base,deft", "--limit", "5", "--json"]
+    assert main(["evaluate", "figfont", *argv, "--max-new-tokens", "8"]) == 0
     ((args, keys),) = seen
-    assert args == (["a", "b"], "t.parquet")
-    assert keys == {
-        "out": None, "limit": 5, "batch_size": 16, "max_new_tokens": 5, "engine": "auto",
-        "names": ["base", "deft"], "prompt_type": "chat", "dtype": "auto",
-    }  # fmt: skip
+    choices = run.Choices(limit=5, max_new_tokens=8)
+    assert args == (TASK, ["a", "b"], ["t.parquet"], None, choices)
+    assert keys == {"names": ["base", "deft"], "workers": None}
+    assert json.loads(capsys.readouterr().out) == {"task": "figfont"}
 
 
 @pytest.mark.parametrize("healthy", [True, False])

@@ -73,10 +73,21 @@ def _encode_batch(backend: Any, samples: Sequence[Rendered], texts: Sequence[str
     heads = [_heads(s.pieces, cut) for s, cut in zip(samples, spans, strict=True)]
     beginnings = (head for row in heads if row for _, head in row)
     ids = _read(tokenise, anchors, chain(chain.from_iterable(spans), beginnings))
-    return [
-        _joined(sample, anchors, cut, row, ids) or encode_exactly(tokenise, sample)
-        for sample, cut, row in zip(samples, spans, heads, strict=True)
-    ]
+    joined = [_joined(anchors, cut, row, ids) for cut, row in zip(spans, heads, strict=True)]
+    known = [(s, j) for s, j in zip(samples, joined, strict=True) if j]
+    # one array for all: one apiece takes longer than filling it
+    tokens = np.fromiter(chain.from_iterable(j.tokens for _, j in known), np.int32)
+    values = np.fromiter(chain.from_iterable(s.weights for s, _ in known), np.float32)
+    weights = values.repeat([count for _, j in known for count in j.counts])
+    encoded, start = [], 0
+    for sample, join in zip(samples, joined, strict=True):
+        if join is None:
+            encoded.append(encode_exactly(tokenise, sample))
+        else:
+            end = start + len(join.tokens)
+            encoded.append(Encoded(tokens[start:end], weights[start:end]))
+            start = end
+    return encoded
 
 
 class _Anchors(NamedTuple):
@@ -157,22 +168,29 @@ def _read(tokenise: Tokenise, anchors: _Anchors, spans: Iterable[_Span]) -> dict
     found: dict[_Span, list[int]] = {span: [] for span in spans}
     full = [span for span in found if span[1]]
     for span, ids in zip(full, tokenise(["".join(span) for span in full]), strict=True):
-        start, end = (anchors.ids[mark] if mark else None for mark in (span[0], span[2]))
-        if (start in (None, *ids[:1])) and (end in (None, *ids[-1:])):
-            found[span] = ids[start is not None : len(ids) - (end is not None)]
-        else:
+        before, _, after = span
+        start, end = 1 if before else 0, len(ids) - (1 if after else 0)
+        if (before and ids[:1] != [anchors.ids[before]]) or (
+            after and ids[end:] != [anchors.ids[after]]
+        ):
             del found[span]
+        else:
+            found[span] = ids[start:end]
     return found
 
 
+class _Joined(NamedTuple):
+    tokens: list[int]
+    counts: list[int]  # of each piece
+
+
 def _joined(
-    sample: Rendered,
     anchors: _Anchors,
     spans: Sequence[_Span],
     heads: Sequence[_Head] | None,
     ids: dict[_Span, list[int]],
-) -> Encoded | None:
-    """A sample of the ids of its spans and anchors; None where only the rule can tell them."""
+) -> _Joined | None:
+    """The ids of a sample's spans and anchors; None where only the rule can tell them."""
     if heads is None:
         return None
     tokens: list[int] = []
@@ -194,10 +212,7 @@ def _joined(
             return None
         counts.append(end - last)
         last = end
-    weights = np.array(sample.weights, np.float32)
-    return Encoded(
-        np.fromiter(tokens, np.int32, len(tokens)), weights.repeat([*counts, len(tokens) - last])
-    )
+    return _Joined(tokens, [*counts, len(tokens) - last])
 
 
 @contextmanager

@@ -77,7 +77,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
     previous: str | None = None
     calls = False  # whether the last assistant turn had any
     for index, message in enumerate(messages):
-        read = _message(f"messages[{index}]", message)
+        read = _message(index, message)
         role = read["role"]
         if previous not in _FOLLOWS[role] or (role == "tool" and not calls):
             raise UserError(f"messages[{index}]: {role} {_after(previous)}: {_RULES[role]}")
@@ -85,7 +85,7 @@ def read_conversation(messages: Sequence[Mapping[str, Any]]) -> Conversation:
             calls = "tool_calls" in read
         previous = role
         clean.append(read)
-        weights.append(_weight(f"messages[{index}]", message))
+        weights.append(_weight(index, message))
     return Conversation(clean, weights)
 
 
@@ -109,7 +109,12 @@ def read_tools(tools: Any) -> list[dict[str, Any]] | None:
     return read
 
 
-def _message(where: str, message: Any) -> dict[str, Any]:
+def _message(index: int, message: Any) -> dict[str, Any]:
+    if type(message) is dict and len(message) == 2:  # as nearly all are
+        role, content = message.get("role"), message.get("content")
+        if isinstance(role, str) and role in _FOLLOWS and isinstance(content, str):
+            return message.copy()
+    where = f"messages[{index}]"
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         hint = ""
         if isinstance(message, Mapping) and {"from", "value"} <= set(message):
@@ -123,8 +128,6 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     if not isinstance(content, str) and (content is not None or not calls):
         also = ", or tool_calls" if role == "assistant" else ""
         raise UserError(f"{where}.content: expected a string{also}, got {_kind(content)}")
-    if len(message) == 2 and isinstance(content, str):  # as nearly all are: no more to look at
-        return dict(message)
     clean = {
         key: value if isinstance(value, str) else _without_nulls(value)
         for key, value in message.items()
@@ -138,8 +141,11 @@ def _message(where: str, message: Any) -> dict[str, Any]:
     return clean
 
 
-def _weight(where: str, message: Mapping[str, Any]) -> float:
+def _weight(index: int, message: Mapping[str, Any]) -> float:
     train, weight = message.get("train"), message.get("weight")
+    if train is None and weight is None:
+        return 1.0 if message["role"] == "assistant" else 0.0
+    where = f"messages[{index}]"
     if train is not None and not isinstance(train, bool):
         raise UserError(f"{where}.train: expected true or false, got {train!r:.40}")
     if weight is not None and not (

@@ -7,8 +7,8 @@ from typing import Any
 
 from megatron_deft.errors import UserError
 
-TASK_BYTES = 1 << 22  # about how much of a file a task has; a part of the work, and of memory
-TASK_ROWS = 4096
+TASK_BYTES = 1 << 21  # about how much of a file a task has; a part of the work, and of memory
+TASK_ROWS = 2048
 
 
 @dataclass(frozen=True)

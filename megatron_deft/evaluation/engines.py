@@ -10,6 +10,7 @@ repetition penalty) to greedy decoding too, and samples a whole batch from one g
 import gc
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,6 +24,7 @@ from megatron_deft.checkpoint_folder import MANIFEST
 from megatron_deft.errors import UserError
 from megatron_deft.platform import device
 
+logger = logging.getLogger(__name__)
 # What ends a turn or a text in the families we know. Base models often name one of them as eos and
 # are trained to write another, so each that the vocabulary has ends a generation.
 END_TOKENS = (
@@ -82,8 +84,10 @@ class Engine(Protocol):
     ) -> Iterator[Generation]:
         """Continue each prompt; yields in order, each as soon as its batch is done.
 
-        `streams[i]` >= 0 numbers the random stream of prompts[i] (its position, unless given).
-        Errors: UserError when a prompt is empty or has no room in the model's positions.
+        `streams[i]` >= 0 numbers the random stream of prompts[i] (its position, unless given). An
+        answer ends where the model's positions do; how many prompts have less room than
+        max_new_tokens is logged.
+        Errors: UserError when a prompt is empty or leaves no position for an answer.
         """
         ...
 
@@ -129,18 +133,25 @@ class TransformersEngine:
         streams: Sequence[int] | None = None,
     ) -> Iterator[Generation]:
         """See Engine.generate."""
-        _check_prompts(prompts, sampling, self.positions)
+        rooms = _rooms(prompts, sampling, self.positions)
         streams = range(len(prompts)) if streams is None else streams
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
-            for tokens in self._batch(prompts[part], sampling, streams[part]):
+            for tokens in self._batch(prompts[part], rooms[part], sampling, streams[part]):
                 yield _generation(self.tokenizer, tokens, self.ends)
 
     @torch.inference_mode()
     def _batch(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, streams: Sequence[int]
+        self,
+        prompts: Sequence[Sequence[int]],
+        rooms: Sequence[int],
+        sampling: Sampling,
+        streams: Sequence[int],
     ) -> list[list[int]]:
-        """The new tokens of each prompt of one batch [b], up to and with its end token."""
+        """The new tokens of each prompt of one batch [b], up to and with its end token.
+
+        rooms: how many each has at the most.
+        """
         width = max(map(len, prompts))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)  # 0 stands under the mask
         mask = torch.zeros_like(ids)
@@ -150,9 +161,9 @@ class TransformersEngine:
         ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         pick = _chooser(sampling, streams)
-        ended = torch.zeros(len(prompts), dtype=torch.bool)
+        ended, room = torch.zeros(len(prompts), dtype=torch.bool), torch.tensor(rooms)
         cache, chosen = None, list[Tensor]()
-        while len(chosen) < sampling.max_new_tokens and not ended.all():
+        while not ended.all():
             step = self.model(
                 input_ids=ids,
                 attention_mask=mask,
@@ -164,10 +175,13 @@ class TransformersEngine:
             cache = step.past_key_values
             ids = pick(step.logits[:, -1].float())[:, None]
             mask = torch.cat([mask, torch.ones_like(ids)], 1)
-            positions = positions[:, -1:] + 1
+            # those of an answer that has ended are not used, and stay where there are some
+            positions = (positions[:, -1:] + 1).clamp(max=self.positions - 1)
             chosen.append(ids.cpu())
             ended |= torch.isin(chosen[-1][:, 0], torch.tensor(sorted(self.ends)))
-        return [_until_end(row, self.ends) for row in torch.cat(chosen, 1).tolist()]
+            ended |= room <= len(chosen)
+        rows = torch.cat(chosen, 1).tolist()
+        return [_until_end(row[:most], self.ends) for row, most in zip(rows, rooms, strict=True)]
 
     def close(self) -> None:
         """Free the model's memory."""
@@ -206,7 +220,7 @@ class VllmEngine:
         """See Engine.generate."""
         from vllm import SamplingParams
 
-        _check_prompts(prompts, sampling, self.positions)
+        rooms = _rooms(prompts, sampling, self.positions)
         streams = range(len(prompts)) if streams is None else streams
         for start in range(0, len(prompts), _VLLM_PROMPTS_AT_ONCE):
             part = slice(start, start + _VLLM_PROMPTS_AT_ONCE)
@@ -215,12 +229,12 @@ class VllmEngine:
                 SamplingParams(
                     temperature=sampling.temperature,
                     top_p=sampling.top_p,
-                    max_tokens=sampling.max_new_tokens,
+                    max_tokens=room,
                     seed=_stream_seed(sampling.seed, stream),
                     stop_token_ids=sorted(self.ends),
                     detokenize=False,  # the tokenizer here does, the same way for every engine
                 )
-                for stream in streams[part]
+                for stream, room in zip(streams[part], rooms[part], strict=True)
             ]
             for output in self.llm.generate(inputs, params, use_tqdm=False):
                 tokens = _until_end(list(output.outputs[0].token_ids), self.ends)
@@ -331,16 +345,26 @@ def _stream_seed(seed: int, stream: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # vLLM wants a signed 64-bit number
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], sampling: Sampling, positions: int) -> None:
+def _rooms(prompts: Sequence[Sequence[int]], sampling: Sampling, positions: int) -> list[int]:
+    """How many tokens each prompt's answer may have."""
+    rooms = []
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise UserError(f"prompt {index} has no tokens: leave it out")
-        if len(prompt) + sampling.max_new_tokens > positions:
+        if len(prompt) >= positions:
             raise UserError(
-                f"prompt {index} has {len(prompt)} tokens, and with max_new_tokens="
-                f"{sampling.max_new_tokens} that is more than the model's {positions} positions: "
-                "lower max_new_tokens or leave the prompt out"
+                f"prompt {index} has {len(prompt)} tokens, and the model {positions} positions: "
+                "leave the prompt out, or take a model that has more"
             )
+        rooms.append(min(sampling.max_new_tokens, positions - len(prompt)))
+    less = [room for room in rooms if room < sampling.max_new_tokens]
+    if less:
+        logger.warning(
+            "the model has %d positions: %d of %d answers end after fewer than %d new tokens, the "
+            "shortest after %d",
+            positions, len(less), len(rooms), sampling.max_new_tokens, min(less),
+        )  # fmt: skip
+    return rooms
 
 
 def _until_end(tokens: list[int], ends: frozenset[int]) -> list[int]:

@@ -1,149 +1,176 @@
-"""Means with 95% intervals, the table that compares models, and the files that keep answers."""
+"""From the scores of answers to means per model and set, and the tables that compare models."""
 
-import json
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
 from importlib.metadata import PackageNotFoundError, version
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_deft.data.prepare.pool import available_cores
-from megatron_deft.errors import UserError
-from megatron_deft.files import atomic_write
+from megatron_deft.evaluation.statistics import Interval, bootstrap, pass_at_k, wilson
 
-_Z = 1.959964  # 95% of a normal distribution lies within as many standard deviations
-_RESAMPLES = 2000
-_RESAMPLES_AT_ONCE = 100  # bounds the memory: as many times 8 bytes per sample
-_PACKAGES = ("megatron_deft", "torch", "transformers", "tokenizers", "vllm")
+_PACKAGES = (
+    "megatron_deft",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "math-verify",
+    "lm_eval",
+)
 
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean and its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def wilson(values: Sequence[float]) -> Interval:
-    """The share of ones among zeros and ones; Wilson's interval, which has a width at 0 and 1 too.
-
-    Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
-    """
-    count, mean = len(values), sum(values) / len(values)
-    scale = 1 + _Z**2 / count
-    centre = (mean + _Z**2 / (2 * count)) / scale
-    half = _Z * sqrt(mean * (1 - mean) / count + _Z**2 / (4 * count**2)) / scale
-    return Interval(mean, min(mean, centre - half), max(mean, centre + half))
-
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
-    """The mean, and the middle 95% of the means of 2000 resamples (equal values, equal bounds).
-
-    For two models on the same samples, pass the differences: they are resampled as pairs.
-    """
-    array, generator = np.asarray(values, float), np.random.default_rng(seed)
-    means = [
-        array[generator.integers(len(array), size=(_RESAMPLES_AT_ONCE, len(array)))].mean(1)
-        for _ in range(_RESAMPLES // _RESAMPLES_AT_ONCE)
-    ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Interval(float(array.mean()), float(low), float(high))
+Values = Mapping[str, Mapping[str, Sequence[float]]]  # metric -> set -> the value of each question
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of one answer, between 0 and 1; `interval` is how its mean is bounded."""
+    """What an answer is scored by, from 0 to 1. is_share: each answer has either 0 or 1."""
 
     label: str
-    score: Callable[[str, str], float]  # (prediction, answer)
-    interval: Callable[[Sequence[float]], Interval]
+    is_share: bool
+
+
+def over_samples(
+    metrics: Mapping[str, Metric], answers: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]
+) -> tuple[dict[str, Metric], dict[str, dict[str, list[float]]]]:
+    """Of every question, the mean over its answers (avg@n) and the chances of success (pass@k).
+
+    answers: set -> question -> answer -> metric -> value. With one answer to each question the
+    metrics stay what they are. k is 2, 4, 8, ... and n; pass@1 is avg@n.
+    """
+    every = [question for questions in answers.values() for question in questions]
+    samples = min(map(len, every))
+    if samples == 1:
+        return dict(metrics), {
+            key: {name: [q[0][key] for q in questions] for name, questions in answers.items()}
+            for key in metrics
+        }
+    tries = sorted({samples, *(2**i for i in range(1, samples.bit_length()))} - {1})
+    expanded: dict[str, Metric] = {}
+    values: dict[str, dict[str, list[float]]] = {}
+    for key, metric in metrics.items():
+        prefix, label = ("", "") if len(metrics) == 1 else (f"{key}_", f"{metric.label} ")
+        of = {
+            name: [[answer[key] for answer in question] for question in questions]
+            for name, questions in answers.items()
+        }
+        expanded[f"{prefix}avg@{samples}"] = Metric(f"{label}avg@{samples}", False)
+        values[f"{prefix}avg@{samples}"] = {
+            name: [sum(question) / len(question) for question in questions]
+            for name, questions in of.items()
+        }
+        for k in tries if metric.is_share else ():
+            expanded[f"{prefix}pass@{k}"] = Metric(f"{label}pass@{k}", False)
+            values[f"{prefix}pass@{k}"] = {
+                name: [pass_at_k(round(sum(q)), len(q), k) for q in questions]
+                for name, questions in of.items()
+            }
+    return expanded, values
 
 
 def summarise(
-    metrics: Mapping[str, Metric], values: Mapping[str, Mapping[str, Sequence[float]]]
+    metrics: Mapping[str, Metric], values: Mapping[str, Values]
 ) -> dict[str, dict[str, Any]]:
-    """Per model and metric: mean, low, high, and (but for the first model) `delta` to the first.
+    """Per model: "scores" of each metric, the mean of its sets, and "sets", those of each set.
 
-    `values`: model -> metric -> the score of each sample, in the same order for every model.
+    Each has mean, low, high and, but for the first model, its `delta` to that. values: of each
+    model, the questions of a set in the same order for every model.
     """
-    first = next(iter(values))
+    first = next(iter(values.values()))
     summary: dict[str, dict[str, Any]] = {}
-    for model, scores in values.items():
-        summary[model] = {}
-        for key, metric in metrics.items():
-            entry: dict[str, Any] = asdict(metric.interval(scores[key]))
-            if model != first:
-                pairs = zip(scores[key], values[first][key], strict=True)
-                entry["delta"] = asdict(bootstrap([ours - theirs for ours, theirs in pairs]))
-            summary[model][key] = entry
+    for model, own in values.items():
+        base = None if own is first else first
+        names = list(next(iter(own.values())))
+        summary[model] = {
+            "scores": {key: _entry(metrics[key], own, base, key, names) for key in metrics},
+            "sets": {
+                name: {key: _entry(metrics[key], own, base, key, [name]) for key in metrics}
+                for name in names
+            },
+        }
     return summary
 
 
-def format_table(metrics: Mapping[str, Metric], summary: Mapping[str, Mapping[str, Any]]) -> str:
-    """The summary as aligned plain text in percent, a row per model and one for its deltas."""
-    rows = [["model", *(metric.label for metric in metrics.values())]]
-    first = next(iter(summary))
-    for model, scores in summary.items():
-        rows.append([model, *(_cell(scores[key], "") for key in metrics)])
+def _entry(
+    metric: Metric, own: Values, base: Values | None, key: str, names: Sequence[str]
+) -> dict[str, Any]:
+    entry: dict[str, Any] = asdict(_interval(metric, [own[key][name] for name in names]))
+    if base is not None:
+        differences = [
+            [ours - theirs for ours, theirs in zip(own[key][name], base[key][name], strict=True)]
+            for name in names
+        ]
+        entry["delta"] = asdict(bootstrap(*differences))
+    return entry
+
+
+def _interval(metric: Metric, sets: Sequence[Sequence[float]]) -> Interval:
+    return wilson(sets[0]) if metric.is_share and len(sets) == 1 else bootstrap(*sets)
+
+
+def describe(results: Mapping[str, Any]) -> str:
+    """What results.json holds as plain text, in percent: how it was asked, and the tables.
+
+    Of one set, a table with a column per metric; of several, a table per metric with a column per
+    set and their mean. A row per model, and one for its deltas. Of pass@k the largest k is shown.
+    """
+    settings, data = results["settings"], results["data"]
+    drawn = f"temperature {settings['temperature']:g}, top-p {settings['top_p']:g}"
+    how = "greedy" if settings["temperature"] == 0 else drawn
+    times = f" x {settings['samples']} answers" if settings["samples"] > 1 else ""
+    return (
+        f"{results['title']}: {data['samples']} questions{times}, {how}, "
+        f"{settings['max_new_tokens']} new tokens, prompt {settings['prompt_type']}; percent "
+        f"[95%]\n\n{format_tables(results['metrics'], results['models'])}"
+    )
+
+
+def format_tables(labels: Mapping[str, str], summary: Mapping[str, Mapping[str, Any]]) -> str:
+    """The tables of `describe`. labels: of each metric; summary: as `summarise` makes it."""
+    shown = _without_small_k(labels)
+    sets = list(next(iter(summary.values()))["sets"])
+    if len(sets) == 1:
+        cells = {model: {k: s["scores"][k] for k in shown} for model, s in summary.items()}
+        return format_table({key: labels[key] for key in shown}, cells)
+    tables = []
+    for key in shown:
+        cells = {
+            model: {**{name: s["sets"][name][key] for name in sets}, "": s["scores"][key]}
+            for model, s in summary.items()
+        }
+        table = format_table({**{name: name for name in sets}, "": "mean"}, cells)
+        tables.append(f"{labels[key]}\n{table}")
+    return "\n\n".join(tables)
+
+
+def _without_small_k(keys: Iterable[str]) -> list[str]:
+    last = {key.partition("pass@")[0]: key for key in keys if "pass@" in key}
+    return [key for key in keys if "pass@" not in key or key in last.values()]
+
+
+def format_table(
+    columns: Mapping[str, str], cells: Mapping[str, Mapping[str, Mapping[str, Any]]]
+) -> str:
+    """Aligned plain text in percent: a row per model, and one for its deltas to the first.
+
+    columns: key -> label; cells: model -> key -> {mean, low, high, delta}.
+    """
+    rows = [["model", *columns.values()]]
+    first = next(iter(cells))
+    for model, entries in cells.items():
+        rows.append([model, *(_cell(entries[key], "") for key in columns)])
         if model != first:
-            deltas = [_cell(scores[key]["delta"], "+") for key in metrics]
+            deltas = [_cell(entries[key]["delta"], "+") for key in columns]
             rows.append([f"  - {first}", *deltas])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-class GenerationLog:
-    """The answers of one model, one JSON line each, written as they come.
-
-    The first line is `header`: what the answers depend on. A file with the same header is
-    continued, and a line torn by a kill is dropped; any other file is begun anew, and `changed`
-    names what differs. Without a file the answers are only kept in memory.
-
-    Errors: UserError when `file` holds something else.
-    """
-
-    def __init__(self, file: Path | None, header: Mapping[str, Any]) -> None:
-        self.file = file
-        self.records: dict[int, dict[str, Any]] = {}
-        self.changed: list[str] = []
-        if file is None:
-            return
-        found = _whole_lines(file) if file.is_file() else []
-        if found:
-            self.changed = [key for key in header if found[0].get(key) != header[key]]
-            if not self.changed:
-                self.records = {record["index"]: record for record in found[1:]}
-        with atomic_write(file) as handle:
-            for record in [header, *self.records.values()]:
-                handle.write(json.dumps(record) + "\n")
-
-    def add(self, record: dict[str, Any]) -> None:
-        """Keep a record, which has an `index`."""
-        self.records[record["index"]] = record
-        if self.file is not None:
-            with open(self.file, "a", encoding="utf-8") as handle:
-                handle.write(json.dumps(record) + "\n")
-
-
-def model_identity(folder: Path) -> str:
-    """Tells whether a model folder has changed: a hash of the names, sizes and times of its files.
-
-    Rejected: hashing the weights, which takes as long as answering a few hundred questions.
-    """
-    state = blake2b(digest_size=16)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".json", ".safetensors", ".bin", ".jinja", ".model"):
-            status = path.stat()
-            state.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return state.hexdigest()
+def _cell(interval: Mapping[str, float], sign: str) -> str:
+    mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
+    return f"{mean:{sign}5.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def versions() -> dict[str, str]:
@@ -168,19 +195,3 @@ def machine() -> dict[str, Any]:
         "processor": names[0] if names else platform.processor() or platform.machine(),
         "cores": available_cores(),
     }
-
-
-def _cell(interval: Mapping[str, float], sign: str) -> str:
-    mean, low, high = (100 * interval[key] for key in ("mean", "low", "high"))
-    return f"{mean:{sign}5.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
-
-
-def _whole_lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a file's lines, without a last line that has no end."""
-    try:
-        found = [json.loads(line) for line in file.read_bytes().split(b"\n")[:-1]]
-    except ValueError as error:
-        raise UserError(f"{file}: not a file of generations ({error}): remove it") from error
-    if not all(isinstance(record, dict) for record in found):
-        raise UserError(f"{file}: not a file of generations: remove it")
-    return found

@@ -7,7 +7,9 @@ from typing import Any
 from megatron_deft.evaluation.engines import Sampling
 from megatron_deft.evaluation.results import Metric
 
-Record = Mapping[str, Any]  # an answer: index, sample, set, question, gold, output, tokens, finished
+Record = Mapping[
+    str, Any
+]  # an answer: index, sample, set, question, gold, output, tokens, finished
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,10 @@ class Question:
 class Task:
     """A kind of test.
 
-    read: from files to questions; UserError for one that cannot be used. prompts: prompt type -> its
-    text with {question}, None for the tokenizer's chat template; the first is the default. score:
-    from answers and a number of processes to the value of every metric, 0 to 1, of each answer.
-    sampling, samples: the released way to answer, and how often each question is.
+    read: from files to questions; UserError for one that cannot be used. prompts: prompt type ->
+    its text with {question}, None for the tokenizer's chat template; the first is the default.
+    score: from answers and a number of processes to the value of every metric, 0 to 1, of each
+    answer. sampling, samples: the released way to answer, and how often each question is.
     """
 
     name: str

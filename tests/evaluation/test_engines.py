@@ -142,9 +142,27 @@ def test_dtypes(model: Path) -> None:
         assert make_engine("auto", model).dtype == "fp32"
 
 
-def test_prompts_without_room_are_refused_before_any_work(engine: TransformersEngine) -> None:
-    with pytest.raises(UserError, match=r"prompt 1 has 4090 tokens.*4096 positions"):
-        next(iter(engine.generate([[5], [5] * 4090], GREEDY)))
+def test_an_answer_ends_where_the_positions_do(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    config = json.loads((copy / "config.json").read_text())
+    config["max_position_embeddings"] = 44
+    (copy / "config.json").write_text(json.dumps(config))
+    short = TransformersEngine(copy, batch_size=4, dtype="fp32")
+    short.ends = frozenset()
+    answers = list(short.generate(PROMPTS, GREEDY))
+    assert [answer.tokens for answer in answers] == [12, 4, 12, 12, 12, 4, 12]
+    assert "44 positions: 2 of 7 answers end after fewer than 12 new tokens" in caplog.text
+    long = TransformersEngine(model, batch_size=4, dtype="fp32")
+    long.ends = frozenset()
+    for answer, whole in zip(answers, long.generate(PROMPTS, GREEDY), strict=True):
+        assert whole.text.startswith(answer.text)
+
+
+def test_prompts_without_any_room_are_refused_before_any_work(engine: TransformersEngine) -> None:
+    with pytest.raises(UserError, match=r"prompt 1 has 4096 tokens, and the model 4096 positions"):
+        next(iter(engine.generate([[5], [5] * 4096], GREEDY)))
     with pytest.raises(UserError, match="prompt 0 has no tokens"):
         next(iter(engine.generate([[]], GREEDY)))
 
@@ -201,7 +219,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
             for prompt, params in zip(prompts, sampling_params, strict=True):
                 assert set(prompt) == {"prompt_token_ids"}
                 ids = prompt["prompt_token_ids"]
-                tokens = self.engine._batch([ids], Sampling(params.max_tokens), [0])[0]
+                most = params.max_tokens
+                tokens = self.engine._batch([ids], [most], Sampling(most), [0])[0]
                 result = SimpleNamespace(token_ids=tuple(tokens), text="")  # not detokenised
                 outputs.append(SimpleNamespace(outputs=[result]))
             return outputs

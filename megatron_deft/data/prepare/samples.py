@@ -130,8 +130,9 @@ class Tokeniser:
         if not weights[1:limit].any():  # the first token is never a label
             counts.dropped.setdefault(UNTRAINED, Tally()).add(row)
             return None
-        if is_long:
-            counts.cut.add(row)
+        if not is_long:
+            return sample
+        counts.cut.add(row)
         return Encoded(sample.tokens[:limit], weights[:limit])
 
     def _refuse(self, task: Task, counts: Counts, row: int, error: UserError) -> None:

@@ -107,7 +107,7 @@ def prepare_set(
     tasks = cut(files, [*needed, *optional], settings.limit)
     dtype = token_dtype(about["tokenizer"]["vocab_size"])
     with work_folder(out, key_of(_decisive(about))) as folder:
-        job = _Job(tasks, str(tokenizer_folder), settings, form, dtype, folder, tokeniser)
+        job = _Job(tasks, tokeniser, dtype, folder)
         try:
             parts = _parts(job, workers, bar)
         finally:
@@ -203,29 +203,24 @@ def _decisive(about: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Job:
-    """The tasks of a set, as the processes get to know them."""
+    """The tasks of a set.
+
+    The processes are sent the tokenizer: to load it from its folder takes several times as long,
+    most of it for imports that reading a vocabulary does not need.
+    """
 
     tasks: Sequence[Task]
-    tokenizer: str
-    settings: RowSettings
-    form: str
+    tokeniser: Tokeniser
     dtype: str
     folder: Path
-    tokeniser: Tokeniser | None = None  # of this process; others load their own
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "tokeniser": None}
 
     def start(self) -> Callable[[int], None]:
-        tokeniser = self.tokeniser or Tokeniser(
-            load_tokenizer(self.tokenizer, self.settings.template), self.settings, self.form
-        )
-        return partial(self._run, tokeniser)
+        return self._run
 
-    def _run(self, tokeniser: Tokeniser, number: int) -> None:
-        write_part(self.folder, number, make_part(tokeniser, self.tasks[number], self.dtype))
+    def _run(self, number: int) -> None:
+        write_part(self.folder, number, make_part(self.tokeniser, self.tasks[number], self.dtype))
 
     def describe(self, number: int) -> str:
         return f"{place(self.tasks[number], 0)} and on"
@@ -255,7 +250,7 @@ def _parts(job: _Job, workers: int, bar: Callable[..., Any]) -> list[Stored]:
 def _found(job: _Job) -> dict[int, Stored]:
     """Parts made before; where bad rows are errors, only those without any."""
     found = {number: find_part(job.folder, number) for number in range(len(job.tasks))}
-    strict = job.settings.bad_rows == "error"
+    strict = job.tokeniser.settings.bad_rows == "error"
     return {
         number: part
         for number, part in found.items()
