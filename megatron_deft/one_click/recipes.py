@@ -64,10 +64,11 @@ def _model(lr: float, prompt_type: str, **data: Any) -> Model:
     return Model({"optim.lr": lr, **{f"data.{k}": v for k, v in data.items()}}, prompt_type)
 
 
-def _written(lr: float, family: str, response: str, prompt_type: str) -> Model:
+def _written(lr: float, family: str, response: str) -> Model:
     """A model that is trained on prompts written out; the columns keep the spelling "reponse"."""
+    prompt = f"{family}_prompt"
     return _model(
-        lr, prompt_type, prompt_dict_keys=[f"{family}_prompt"], response_dict_keys=[response],
+        lr, prompt, prompt_dict_keys=[prompt], response_dict_keys=[response],
         use_original_prompt=True,
     )  # fmt: skip
 
@@ -109,20 +110,20 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
         "medical": Recipe(
             "deft", "medical", _SHORT,
             {
-                "llama-3.2-3b": _written(5e-5, "llama", _NO_THINKING.format("llama"), "llama"),
-                "llama-3.1-8b": _written(2e-5, "llama", _NO_THINKING.format("llama"), "llama"),
-                "qwen-2.5-1.5b": _written(5e-5, "qwen", _NO_THINKING.format("qwen"), "qwen"),
-                "qwen-2.5-math-7b": _written(5e-5, "qwen", _NO_THINKING.format("qwen"), "qwen"),
+                "llama-3.2-3b": _written(5e-5, "llama", _NO_THINKING.format("llama")),
+                "llama-3.1-8b": _written(2e-5, "llama", _NO_THINKING.format("llama")),
+                "qwen-2.5-1.5b": _written(5e-5, "qwen", _NO_THINKING.format("qwen")),
+                "qwen-2.5-math-7b": _written(5e-5, "qwen", _NO_THINKING.format("qwen")),
             },
             tests=("medical.json",),
         ),
         "figfont": Recipe(
             "deft", "figfont", {**_SHORT, "optim.weight_decay": 1e-5},
             {
-                "qwen-2.5-7b": _written(5e-5, "qwen", "answer", "qwen_prompt"),
-                "qwen-2.5-1.5b": _written(5e-5, "qwen", "answer", "qwen_prompt"),
-                "llama-3.1-8b": _written(2e-5, "llama", "answer", "llama_prompt"),
-                "llama-3.2-3b": _written(5e-5, "llama", "answer", "llama_prompt"),
+                "qwen-2.5-7b": _written(5e-5, "qwen", "answer"),
+                "qwen-2.5-1.5b": _written(5e-5, "qwen", "answer"),
+                "llama-3.1-8b": _written(2e-5, "llama", "answer"),
+                "llama-3.2-3b": _written(5e-5, "llama", "answer"),
             },
             splits=("train", "test"),
         ),
@@ -148,7 +149,7 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
         ),
         "medical": Recipe(
             "eaft", "medical", {**_SHORT, **_EAFT},
-            {"qwen3-0.6b": _written(1e-5, "qwen", _NO_THINKING.format("qwen"), "qwen")},
+            {"qwen3-0.6b": _written(1e-5, "qwen", _NO_THINKING.format("qwen"))},
             tests=("medical.json",),
         ),
     },

@@ -79,8 +79,8 @@ class Experiment:
 
     @property
     def results(self) -> str:
-        """File of the evaluation, below root."""
-        return f"results/{self.dataset}/{self.name}{_mark(self.tests)}.json"
+        """Folder of the evaluation, below root."""
+        return f"results/{self.dataset}/{self.name}{_mark(self.tests)}"
 
 
 def _mark(*choices: object) -> str:
@@ -161,7 +161,7 @@ def _steps(experiment: Experiment) -> list[tuple[str, str, list[str]]]:
         ("Megatron to Hugging Face", f"{exported}/config.json", [
             _command(["megatron-deft", "convert", "export", f"runs/{dataset}/{name}", exported]),
         ]),
-        ("evaluation", results, [
+        ("evaluation", f"{results}/results.json", [
             _command(["megatron-deft", "evaluate", dataset, base, exported],
                      ["--names", f"base,{name}", "--prompt-type", prompt],
                      ["--data", *tests],

@@ -22,7 +22,7 @@ words = sys.argv[1:]
 makes = {{"prepare": 2, "convert": 3, "download": 5}}
 made = next((words[at] for word, at in makes.items() if word in words), None)
 if "--out" in words:
-    made = words[words.index("--out") + 1]
+    made = words[words.index("--out") + 1] + "/results.json"
 if made:
     files = {{"prepare": "info.json", "import": "megatron_deft.json", "export": "config.json"}}
     inner = next((file for word, file in files.items() if word in words), None)
@@ -115,7 +115,7 @@ def test_the_steps_of_a_published_experiment(bash: Bash, tmp_path: Path) -> None
         ["megatron-deft", "evaluate", "math", "base/llama-3.1-8b", f"hf/math/{name}",
          "--names", f"base,{name}", "--prompt-type", "llama-base-boxed-with-bos",
          "--data", *(f"data/test/{test}.jsonl" for test in tests),
-         "--out", f"results/math/{name}.json"],
+         "--out", f"results/math/{name}"],
     ]  # fmt: skip
     code, calls, output = bash(script)
     assert (code, calls) == (0, [])
@@ -236,7 +236,7 @@ def test_the_whole_road_on_a_tiny_model(tmp_path: Path) -> None:
     first = run()
     assert "step 2/2" in first
     assert "is there" not in first
-    (results,) = (root / "results/figfont").glob("*.json")
+    (results,) = (root / "results/figfont").glob("*/results.json")
     assert len(json.loads(results.read_text())["models"]) == 2
     assert run().count("is there") == 5
     (export,) = (root / "hf/figfont").iterdir()
