@@ -157,8 +157,8 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
 """Recipe -> data set -> settings."""
 
 SMOKE: Keys = {
-    "model.dtype": "fp32", "train.epochs": None, "train.steps": 2, "train.micro_batch": 1,
-    "train.save_every": None, "train.val_every": None,
+    "model.dtype": "fp32", "data.max_length": 800, "train.epochs": None, "train.steps": 2,
+    "train.micro_batch": 1, "train.save_every": None, "train.val_every": None,
 }  # fmt: skip
 """What --smoke changes in the configuration, beside train.global_batch: one sample a process."""
 
