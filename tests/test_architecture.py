@@ -27,7 +27,7 @@ ROOMS = {
     "platform": {"errors"},
     "models": {"errors", "platform"},
     "data": {"errors", "files", "hf_files", "options", "config"},
-    "integrations": {"errors"},
+    "integrations": {"errors", "objectives", "loss"},
     "convert": {
         "errors", "files", "hf_files", "checkpoint_folder", "platform", "models", "integrations",
         "revision",
@@ -42,6 +42,7 @@ ROOMS = {
         "revision", "data",
     },
     "launch": {"errors"},
+    "one_click": {"errors", "files", "options", "objectives", "config", "launch"},
     "doctor": {"ops", "models", "platform"},
 }  # fmt: skip
 TOP = {"cli", "train", "__init__", "__main__"}  # may import everything

@@ -1,0 +1,1 @@
+"""Published experiments as bash scripts: prepare, convert, train, convert back, evaluate."""
