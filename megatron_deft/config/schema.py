@@ -290,8 +290,8 @@ class MonitorConfig(Section):
     project: str = key("W&B project", "megatron_deft", NOT_EMPTY)
     experiment: str | None = key("W&B run name; null: the name of run_dir", None, NOT_EMPTY)
     landscape_every: int = key(
-        "steps between landscapes in metrics.jsonl (tokens and gradient over p and entropy, 10 kB "
-        "each), beside those of the first and the last step; 0: none at all", 100, AT_LEAST_0
+        "steps between landscapes in metrics.jsonl (tokens and gradient over p and entropy, some "
+        "kB each), beside those of the first and the last step; 0: none at all", 20, AT_LEAST_0
     )  # fmt: skip
 
 

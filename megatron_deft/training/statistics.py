@@ -120,18 +120,19 @@ Landscape = dict[str, Any]
 
 
 def landscape(total: Tensor, vocab_size: int) -> Landscape:
-    """Sums with a landscape -> {"vocab_size", "tokens", "gate_error"}.
+    """Sums with a landscape -> {"vocab_size", "entropy_bins", "tokens", "gate_error"}.
 
     tokens, gate_error: lists [bin of p][bin of entropy / ln(vocab_size)], weighted counts and sums
-    of |gate| * (1 - p); None for a sum that is not finite.
+    of |gate| * (1 - p); None for a sum that is not finite. Zeros at the end of a row, which are
+    most of them, are left out.
     """
     tables = total[_STEP_SUMS:].view(2, *LANDSCAPE_BINS).tolist()
-    tokens, gate_error = ([[_plain(cell) for cell in row] for row in table] for table in tables)
-    return {"vocab_size": vocab_size, "tokens": tokens, "gate_error": gate_error}
+    tokens, gate_error = ([_short(row) for row in table] for table in tables)
+    sizes = {"vocab_size": vocab_size, "entropy_bins": LANDSCAPE_BINS[1]}
+    return sizes | {"tokens": tokens, "gate_error": gate_error}
 
 
-def _plain(value: float) -> float | None:
-    """As JSON writes it shortest: most cells are 0."""
-    if not math.isfinite(value):
-        return None
-    return int(value) if value.is_integer() else value
+def _short(row: list[float]) -> list[float | None]:
+    while row and row[-1] == 0:
+        row = row[:-1]
+    return [value if math.isfinite(value) else None for value in row]
