@@ -9,7 +9,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
 from megatron_deft.report import series, style
 from megatron_deft.report.draw import grid, time_axis
@@ -144,4 +143,4 @@ def _bar(
     bar.ax.tick_params(length=0)
     bar.set_label(label)
     if percent:
-        bar.ax.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        bar.ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -86,7 +86,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int | Non
 
 def _named(name: str, slots: Slots) -> str:
     colour = colour_name(slots[name])
-    return f'<span class="chip" style="background:var(--{colour})"></span>{escape(name)}'
+    chip = f'<span class="chip" style="background:var(--{colour})"></span>'
+    return f'<span class="named">{chip}{escape(name)}</span>'
 
 
 def _runs(content: Content) -> list[str]:

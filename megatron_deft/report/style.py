@@ -53,7 +53,7 @@ DARK = Theme(
     runs=("#5b8df9", "#fa960b", "#44f7d4", "#ba3f7f", "#f9d630", "#4fc5fc", "#7f59cb", "#e7624b"),
 )
 # From little to much, of token density and of gradient.
-DENSITY = ("#e3eefb", "#a9cbf2", "#5a97e0", "#2563b4", "#123a75", "#0a1f42")
+DENSITY = ("#d6e6f9", "#a9cbf2", "#5a97e0", "#2563b4", "#123a75", "#0a1f42")
 PULL = ("#fce4d0", "#f8bd8d", "#ea7a36", "#b9440f", "#742506", "#3c1203")
 DASHES: tuple[object, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
@@ -110,7 +110,8 @@ td.number,th.number{text-align:right;white-space:nowrap}
 td small{display:block;color:var(--soft);font-size:12.5px}
 td.key,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}
 .wrap{overflow-wrap:anywhere;min-width:11ch}
-.chip{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:8px}
+.named{display:inline-flex;align-items:baseline}
+.chip{flex:none;width:11px;height:11px;border-radius:3px;margin-right:8px}
 .sure{font-weight:650;color:var(--ink)}
 .missing{border:1px dashed var(--faint);border-radius:12px;padding:10px 20px;margin:14px 0;
  color:var(--soft)}
@@ -125,6 +126,7 @@ main{max-width:none;padding:0}
 h1{font-size:20pt}h2{font-size:14pt;margin-top:18pt;break-after:avoid}h3{break-after:avoid}
 figure,.card,tr{break-inside:avoid}
 .plot{min-width:0}.scroll{overflow:visible}
+table{font-size:8.5pt}th,td{padding-right:10pt}
 *{-webkit-print-color-adjust:exact;print-color-adjust:exact}
 """
 

@@ -56,6 +56,11 @@ def record(step: int, steps: int = 40, factor: float = 1.0) -> dict[str, Any]:
     return line
 
 
+def without_new(line: dict[str, Any]) -> dict[str, Any]:
+    """What versions logged that had neither histograms of p nor landscapes."""
+    return {k: v for k, v in line.items() if not k.startswith(("p_", "landscape"))}
+
+
 def write_run(folder: Path, lines: list[dict[str, Any]] | None = None, **changed: Any) -> Path:
     """A run folder; `changed` are sections or keys of its configuration, None for no file."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.report.arguments import add_report_arguments, run_report
 from megatron_deft.report.style import LIGHT
 from megatron_deft.report.write import Report, write_report
-from tests.report.made import record, results, write_results, write_run
+from tests.report.made import record, results, without_new, write_results, write_run
 
 VOID = {"meta", "br", "link", "input", "img"}
 FIGURES = ["training", "confidence", "probabilities", "landscape"]
@@ -174,25 +174,26 @@ def test_scores_by_set_and_a_model_without_one(tmp_path: Path) -> None:
     assert text.count("<small>+10.0 ") == 1
 
 
-def test_metrics_of_older_versions(tmp_path: Path) -> None:
-    """Without histograms of p and landscapes: said, not missing."""
-    old = [
-        {k: v for k, v in record(step).items() if k[:2] != "p_" and k != "landscape"}
-        for step in range(1, 41)
-    ]
-    report = write_report([write_run(tmp_path / "old", old)], tmp_path / "page.html")
-    page = Page(report.page)
-    assert page.figures() == ["training", "confidence", "probabilities"]
-    assert list(report.left_out) == ["Token gradient landscape"]
-    assert "Not shown. No run logged landscapes" in page.text
-    assert "Without p, whose histogram no run logged" in page.text
-    older = [{k: v for k, v in line.items() if "histogram" not in k} for line in old]
-    report = write_report([write_run(tmp_path / "older", older)], tmp_path / "page.html")
-    assert list(report.left_out) == ["Probabilities over training", "Token gradient landscape"]
-    mixed = [tmp_path / "old", write_run(tmp_path / "new")]
-    text = Page(write_report(mixed, tmp_path / "page.html").page).text
+def test_runs_that_logged_less_than_others(two: list[Path], tmp_path: Path) -> None:
+    old = write_run(tmp_path / "old", [without_new(record(step)) for step in range(1, 41)])
+    report = write_report([old, two[0]], tmp_path / "page.html")
+    assert report.left_out == {}
+    text = Page(report.page).text
     assert "Without old: not logged there." in text
     assert "not logged by this run" in text
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    report = write_report(
+        [write_run(tmp_path / "a", [{"step": 1, "ce": 1.0}])], tmp_path / "p.html"
+    )
+    page = Page(report.page)
+    assert page.figures() == ["training"]
+    assert list(report.left_out) == [
+        "Trust gate and confidence", "Probabilities over training", "Token gradient landscape",
+    ]  # fmt: skip
+    for reason in report.left_out.values():
+        assert f"Not shown. {reason}" in page.text
 
 
 ODD: dict[str, Callable[[], list[dict[str, Any]]]] = {
