@@ -10,7 +10,10 @@ import pytest
 import megatron_deft
 
 ROOT = Path(megatron_deft.__file__).parent
-HEAVY = ("torch", "megatron", "transformers", "safetensors", "pyarrow", "tensorboard", "wandb")
+HEAVY = (
+    "torch", "megatron", "transformers", "safetensors", "pyarrow", "tensorboard", "wandb",
+    "matplotlib",
+)  # fmt: skip
 
 # Each room may import those on its line and nothing else of the package.
 ROOMS = {
@@ -41,6 +44,7 @@ ROOMS = {
         "errors", "files", "objectives", "ops", "loss", "platform", "models", "convert",
         "revision", "data",
     },
+    "report": {"errors", "files", "options", "evaluation"},
     "launch": {"errors"},
     "one_click": {"errors", "files", "options", "objectives", "config", "launch"},
     "doctor": {"ops", "models", "platform"},

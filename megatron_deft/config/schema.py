@@ -289,6 +289,10 @@ class MonitorConfig(Section):
     wandb: bool = key("log to Weights & Biases (WANDB_MODE=offline works without network)", False)
     project: str = key("W&B project", "megatron_deft", NOT_EMPTY)
     experiment: str | None = key("W&B run name; null: the name of run_dir", None, NOT_EMPTY)
+    landscape_every: int = key(
+        "steps between landscapes in metrics.jsonl (tokens and gradient over p and entropy, some "
+        "kB each), beside those of the first and the last step; 0: none at all", 20, AT_LEAST_0
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

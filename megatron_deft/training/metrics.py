@@ -113,8 +113,9 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
     config:       the run's configuration as plain values, recorded by W&B
 
     A line of metrics.jsonl is {"step": 12, "loss": 1.25, ...}; a value that is not finite stands
-    there as null, its name listed under "nonfinite", so that every line is strict JSON. Each line
-    is handed to the operating system at once: a killed process loses none.
+    there as null, its name listed under "nonfinite", so that every line is strict JSON. A landscape
+    stands there as it is, and goes nowhere else. Each line is handed to the operating system at
+    once: a killed process loses none.
 
     Errors: UserError when a monitor that was asked for is not installed.
     """
@@ -134,12 +135,12 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         _drop_lines_after(self.path, resume_step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
 
-    def log(self, step: int, metrics: Metrics) -> None:
+    def log(self, step: int, metrics: Metrics, landscape: Mapping[str, Any] | None = None) -> None:
         """Record one step. Values are numbers or 0-dimensional tensors; all of a step at once."""
         assert step > self._last_step, f"step {step} after step {self._last_step}"
         self._last_step = step
         values = {name: float(value) for name, value in metrics.items()}
-        self._file.write(_line(step, values) + "\n")
+        self._file.write(_line(step, values, landscape) + "\n")
         self._file.flush()
         for monitor in self._monitors:
             monitor.log(step, values)
@@ -160,11 +161,13 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self.close()
 
 
-def _line(step: int, values: Mapping[str, float]) -> str:
+def _line(step: int, values: Mapping[str, float], landscape: Mapping[str, Any] | None) -> str:
     record: dict[str, Any] = {"step": step}
     record |= {name: value if math.isfinite(value) else None for name, value in values.items()}
     if nonfinite := [name for name, value in values.items() if not math.isfinite(value)]:
         record["nonfinite"] = nonfinite
+    if landscape is not None:
+        record["landscape"] = landscape
     return json.dumps(record, allow_nan=False)
 
 

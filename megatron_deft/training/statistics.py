@@ -10,20 +10,28 @@ from torch import Tensor
 
 from megatron_deft.loss.vocab_parallel import TokenStatistics
 
-GATE_BINS = 10
 MEANS = ("ce", "p", "gate", "collision", "entropy", "accuracy")
 SUMS = ("objective", "denominator", "kept_tokens", "weight", *MEANS)
+HISTOGRAMS = {"gate": 10, "p": 20}  # bins over [0, 1]
+LANDSCAPE_BINS = (20, 40)  # of p, and of the entropy as a share of ln(vocabulary)
+_STEP_SUMS = len(SUMS) + sum(HISTOGRAMS.values())
 
 
 def token_sums(
-    statistics: TokenStatistics, numerator: Tensor, denominator: Tensor, weights: Tensor
+    statistics: TokenStatistics,
+    numerator: Tensor,
+    denominator: Tensor,
+    weights: Tensor,
+    landscape_vocab: int | None = None,
 ) -> Tensor:
-    """One micro-batch's sums over its kept tokens: fp64 [len(SUMS) + GATE_BINS].
+    """One micro-batch's sums over its kept tokens: fp64 [sums_size(landscape)].
 
     The loss's numerator and denominator, the number of kept tokens, the sum of their `weights`
     [b, s]; the sums, each token as often as it weighs, of -log p, p, gate, collision probability,
-    entropy and argmax hits, and the histogram of the gate over [0, 1] (the last bin holds larger
-    gates too, the first negative ones).
+    entropy and argmax hits; and the histograms of the gate and of p over [0, 1] (the last bin holds
+    larger gates too, the first negative ones). With `landscape_vocab`, the vocabulary's size, the
+    landscape follows: for each cell of p and entropy / ln(vocabulary) the tokens, and their sum of
+    |gate| * (1 - p), which is the gradient on the target's logit.
     """
     keep, gate = statistics.keep, statistics.gate
     weights = weights.double().where(keep, 0.0)
@@ -37,20 +45,45 @@ def token_sums(
     )
     # where, not a product alone: what is not kept may be inf
     means = [(value.double().where(keep, 0.0) * weights).sum() for value in per_token]
-    bins = (gate * GATE_BINS).nan_to_num().clamp(0, GATE_BINS - 1).long()
-    histogram = weights.new_zeros(GATE_BINS).index_add(0, bins.flatten(), weights.flatten())
     head = [numerator.detach().double(), denominator.double(), keep.sum().double(), weights.sum()]
-    return torch.cat([torch.stack([*head, *means]), histogram])
+    parts = [torch.stack([*head, *means])]
+    for name, bins in HISTOGRAMS.items():
+        parts.append(_binned(_bins(getattr(statistics, name), bins), bins, weights))
+    if landscape_vocab is not None:
+        p_bins, entropy_bins = LANDSCAPE_BINS
+        share = statistics.entropy / math.log(landscape_vocab)
+        cells = _bins(statistics.p, p_bins) * entropy_bins + _bins(share, entropy_bins)
+        # expm1: 1 - p would be 0 where the model is sure
+        gate_error = (gate.double().abs() * -statistics.logp.double().expm1()).where(keep, 0.0)
+        for value in (weights, gate_error * weights):
+            parts.append(_binned(cells, p_bins * entropy_bins, value))
+    return torch.cat(parts)
 
 
-def reduce_sums(parts: Iterable[Mapping[str, Any]], device: torch.device) -> Tensor:
+def _bins(values: Tensor, bins: int) -> Tensor:
+    """Which of so many bins over [0, 1] each value is in; nan is in the first."""
+    return (values * bins).nan_to_num().clamp(0, bins - 1).long()
+
+
+def _binned(places: Tensor, bins: int, values: Tensor) -> Tensor:
+    return values.new_zeros(bins).index_add(0, places.flatten(), values.flatten())
+
+
+def sums_size(landscape: bool) -> int:
+    """How many numbers `token_sums` returns."""
+    return _STEP_SUMS + (2 * math.prod(LANDSCAPE_BINS) if landscape else 0)
+
+
+def reduce_sums(
+    parts: Iterable[Mapping[str, Any]], device: torch.device, landscape: bool = False
+) -> Tensor:
     """The sums of all micro-batches of all ranks, on every rank.
 
     parts: what the schedule collected, {"sums": token_sums(...)} each; empty but on the last stage.
     """
     from megatron.core import parallel_state
 
-    total = torch.zeros(len(SUMS) + GATE_BINS, dtype=torch.float64, device=device)
+    total = torch.zeros(sums_size(landscape), dtype=torch.float64, device=device)
     for part in parts:
         total += part["sums"]
     # data- and context-parallel ranks saw different tokens; tensor-parallel ones the same
@@ -65,17 +98,41 @@ def reduce_sums(parts: Iterable[Mapping[str, Any]], device: torch.device) -> Ten
 
 
 def means(total: Tensor) -> dict[str, float]:
-    """Sums -> the metrics of a step: loss, kept_tokens, MEANS, and gate_histogram_0 to _9.
+    """Sums -> the metrics of a step: loss, kept_tokens, MEANS, gate_histogram_*, p_histogram_*.
 
-    MEANS and the histogram, the share of kept tokens per bin, count a token by its weight. Without
+    MEANS and the histograms, the share of kept tokens per bin, count a token by its weight. Without
     a kept token every mean is nan: a 0 would look like a perfect model.
     """
-    values = dict(zip(SUMS, total[: len(SUMS)].tolist(), strict=True))
+    numbers = total[:_STEP_SUMS].tolist()
+    values = dict(zip(SUMS, numbers, strict=False))
     kept, weight = values["kept_tokens"], values["weight"]
     per_token = 1.0 / weight if weight else math.nan
     loss = values["objective"] / values["denominator"] if weight else math.nan
     metrics = {"loss": loss, "kept_tokens": kept}
     metrics |= {name: values[name] * per_token for name in MEANS}
-    for index, count in enumerate(total[len(SUMS) :].tolist()):
-        metrics[f"gate_histogram_{index}"] = count * per_token
+    counts = iter(numbers[len(SUMS) :])
+    for name, bins in HISTOGRAMS.items():
+        metrics |= {f"{name}_histogram_{i}": next(counts) * per_token for i in range(bins)}
     return metrics
+
+
+Landscape = dict[str, Any]
+
+
+def landscape(total: Tensor, vocab_size: int) -> Landscape:
+    """Sums with a landscape -> {"vocab_size", "entropy_bins", "tokens", "gate_error"}.
+
+    tokens, gate_error: lists [bin of p][bin of entropy / ln(vocab_size)], weighted counts and sums
+    of |gate| * (1 - p); None for a sum that is not finite. Zeros at the end of a row, which are
+    most of them, are left out.
+    """
+    tables = total[_STEP_SUMS:].view(2, *LANDSCAPE_BINS).tolist()
+    tokens, gate_error = ([_short(row) for row in table] for table in tables)
+    sizes = {"vocab_size": vocab_size, "entropy_bins": LANDSCAPE_BINS[1]}
+    return sizes | {"tokens": tokens, "gate_error": gate_error}
+
+
+def _short(row: list[float]) -> list[float | None]:
+    while row and row[-1] == 0:
+        row = row[:-1]
+    return [value if math.isfinite(value) else None for value in row]

@@ -43,11 +43,13 @@ def forward_step(
     reduction: str,
     denominator: StepDenominator,
     validating: bool = False,
+    landscape_vocab: int | None = None,
 ) -> Callable[..., Any]:
     """megatron-core's forward step: one micro-batch through this stage, and its loss function.
 
     validating: a micro-batch of nothing but filler, which completes the last global batch, does not
     count as one of the micro-batches that reduction="micro_batch" averages.
+    landscape_vocab: the vocabulary's size, to sum the landscape too (see token_sums).
     """
 
     def loss_function(batch: Batch, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -68,7 +70,7 @@ def forward_step(
             dist.all_reduce(has_labels, op=dist.ReduceOp.MAX, group=context)
             mine = has_labels / context.size()
         denominator.total += mine
-        sums = token_sums(statistics, numerator, mine, batch["weights"])
+        sums = token_sums(statistics, numerator, mine, batch["weights"], landscape_vocab)
         return numerator, torch.ones((), dtype=torch.int, device=loss.device), {"sums": sums}
 
     def run(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -34,7 +34,7 @@ from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.model import build_chunks, wrap_chunks
 from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters
 from megatron_deft.training.schedule import learning_rate
-from megatron_deft.training.statistics import means, reduce_sums
+from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums
 from megatron_deft.training.step import StepDenominator, forward_step
 
 # What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
@@ -112,6 +112,7 @@ class Trainer:
         self.position = Position()
         self.base, self.license = base.name, base.license
         self.tokens: int | None = 0  # of all samples so far; None: an older run did not count
+        self.landscape: Landscape | None = None  # of the last step, if it was due
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
         self.denominator = StepDenominator()
         self.model[0].config.finalize_model_grads_func = self.denominator.finalize
@@ -168,7 +169,7 @@ class Trainer:
                 if self._is_due(cfg.train.val_every, step) and self.data.val_rows:
                     metrics |= self.validate()
                 if log is not None:
-                    log.log(step, metrics)
+                    log.log(step, metrics, self.landscape)
                     self.exports.poll()
                 if step % cfg.train.log_every == 0 or step == total:
                     pace = (time.perf_counter() - begin) / (step - first)
@@ -200,7 +201,10 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        metrics = means(self._forward_backward(work, forward_only=False))
+        vocab_size = self.spec.vocab_size if self._has_landscape(number) else None
+        total = self._forward_backward(work, forward_only=False, landscape_vocab=vocab_size)
+        metrics = means(total)
+        self.landscape = None if vocab_size is None else landscape(total, vocab_size)
         _, grad_norm, _ = self.optimizer.step()
         self.position = Position(number, position.consumed + cfg.train.global_batch)
         metrics["grad_norm"] = float(grad_norm or 0.0)
@@ -219,6 +223,10 @@ class Trainer:
             "samples": self.position.consumed,
             "epoch": epochs(data.stream, self.position.consumed),
         }
+
+    def _has_landscape(self, step: int) -> bool:
+        every = self.cfg.monitor.landscape_every
+        return every > 0 and (step in (1, self.data.total_steps) or step % every == 0)
 
     def _stop_if_not_finite(self, metrics: dict[str, float], step: int) -> None:
         for name in ("loss", "grad_norm"):
@@ -243,12 +251,14 @@ class Trainer:
         for work in self._load(self.data.val, batches):
             total = total + self._forward_backward(work, forward_only=True).cpu()
         return {f"val_{name}": value for name, value in means(total).items()
-                if not name.startswith("gate_histogram")}  # fmt: skip
+                if "_histogram_" not in name}  # fmt: skip
 
     def _load(self, rows: Rows, batches: Iterable[Indices]) -> Iterator[Step]:
         return load_steps(rows, share_of_rank(self.cfg, rows), batches, self.cfg.data.workers)
 
-    def _forward_backward(self, work: Step, forward_only: bool) -> Tensor:
+    def _forward_backward(
+        self, work: Step, forward_only: bool, landscape_vocab: int | None = None
+    ) -> Tensor:
         """Run one global batch through the pipeline; the sums over all ranks (see statistics)."""
         cfg = self.cfg
         # packed rows stand behind one another
@@ -256,7 +266,7 @@ class Trainer:
         self.denominator.clear()
         parts = get_forward_backward_func()(
             forward_step_func=forward_step(
-                self.attachment, cfg.reduction, self.denominator, forward_only
+                self.attachment, cfg.reduction, self.denominator, forward_only, landscape_vocab
             ),
             data_iterator=[map(_on_device, work.batches) for _ in self.ddp],
             model=self.ddp,
@@ -265,7 +275,7 @@ class Trainer:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return reduce_sums(parts, device())
+        return reduce_sums(parts, device(), landscape_vocab is not None)
 
     def save(self) -> Path:
         """Write a checkpoint of where the run stands."""

@@ -149,3 +149,14 @@ def test_progress_line_shows_what_there_is():
     assert line == "step 1/100001 | loss 0.5000 | val loss 0.2500 | eta 27:46:40"
     assert "950 tok/s" in progress_line({"tokens_per_second": 950.0}, 1, 2)
     assert "1.5M tok/s" in progress_line({"tokens_per_second": 1.5e6}, 1, 2)
+
+
+def test_a_landscape_stands_in_the_file_alone(tmp_path):
+    found = {"vocab_size": 7, "tokens": [[1, 2.5]], "gate_error": [[0.5, None]]}
+    with MetricsLog(tmp_path, MonitorConfig(tensorboard=True)) as log:
+        log.log(1, {"loss": float("nan")}, found)
+        log.log(2, {"loss": 1.0})
+    first, second = records(tmp_path)
+    assert first == {"step": 1, "loss": None, "nonfinite": ["loss"], "landscape": found}
+    assert second == {"step": 2, "loss": 1.0}
+    assert scalars(tmp_path, "loss")[2] == 1.0
