@@ -42,6 +42,9 @@ from megatron_deft.errors import UserError
 from megatron_deft.evaluation.arguments import EVALUATE
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 from megatron_deft.options import add_number
+from megatron_deft.report.arguments import EXAMPLE as REPORT_EXAMPLE
+from megatron_deft.report.arguments import TEXT as REPORT_TEXT
+from megatron_deft.report.arguments import add_report_arguments, run_report
 
 Arguments = argparse.Namespace
 
@@ -289,6 +292,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_convert(commands)
     _add_evaluate(commands)
+    add_report_arguments(_command(commands, "report", run_report, REPORT_TEXT, REPORT_EXAMPLE))
     _add_bench(commands)
     _command(
         commands, "doctor", _doctor,
