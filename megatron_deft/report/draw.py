@@ -127,7 +127,7 @@ def curves(panels: Sequence[Panel], axis: str) -> Figure:
         for place, line in enumerate(panel.lines):
             # a line that others cover shows at their sides
             covers = sum(_same(line.curve, other.curve) for other in panel.lines[place + 1 :])
-            _draw_line(axes, line, 1.9 + 1.8 * covers)
+            _draw_line(axes, line, 1.9 + 1.5 * covers)
         if panel.may_be_log and _spreads(panel.lines):
             axes.set_yscale("log")
             axes.yaxis.set_minor_locator(NullLocator())

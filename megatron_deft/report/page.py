@@ -10,7 +10,7 @@ from typing import Any
 from megatron_deft.evaluation.results import Interval
 from megatron_deft.report.plots import LeftOut, Part, Slots
 from megatron_deft.report.runs import Run, differences, planned_steps, spell
-from megatron_deft.report.scores import Model, Results, Score, metric_label, shown
+from megatron_deft.report.scores import Model, Results, Score, metric_label, shown, told_by_set
 from megatron_deft.report.series import last_value, number
 from megatron_deft.report.style import colour_name, stylesheet
 
@@ -123,7 +123,7 @@ def _differences(content: Content) -> list[str]:
 
 def _steps(run: Run) -> str:
     done, planned = run.records[-1]["step"], planned_steps(run)
-    return f"{done}" if planned in (None, done) else f"{done} of {planned}"
+    return f"{done} of {planned}" if planned is not None and done < planned else f"{done}"
 
 
 def _configured(*keys: str) -> Any:
@@ -164,7 +164,7 @@ def count(value: float) -> str:
 
 
 COLUMNS = (
-    ("objective", _configured("objective")),
+    ("objective", lambda run: escape(run.objective) if run.config else ""),
     ("model", _configured("model.load", "model.hf")),
     ("data", _configured("data.train_sets", "data.train_files")),
     ("steps", _steps),
@@ -188,7 +188,7 @@ def _results(results: Results, parts: Sequence[Part], content: Content) -> list[
     cells = [[_score(model.scores.get(key)) for key in metrics] for model in results.models]
     rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
     lines.append(table(["model", *(escape(metric_label(key)) for key in metrics)], rows, 1))
-    for key in metrics if results.sets else ():
+    for key in told_by_set(metrics) if results.sets else ():
         lines.append(f"<h3>{escape(metric_label(key))} by set</h3>")
         cells = [_by_set(model, key, results) for model in results.models]
         rows = [[name, *row] for name, row in zip(names, cells, strict=True)]

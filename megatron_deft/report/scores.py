@@ -112,6 +112,12 @@ def shown(metrics: Sequence[str]) -> list[str]:
     return [metric for metric in metrics if (k := pass_at(metric)) is None or k in kept]
 
 
+def told_by_set(metrics: Sequence[str]) -> list[str]:
+    """Of the metrics of a table those with a table by set: of pass@k the last; a figure has all."""
+    passes = [metric for metric in metrics if pass_at(metric) is not None]
+    return [metric for metric in metrics if metric not in passes[:-1]]
+
+
 def metric_label(metric: str) -> str:
     """A metric's key as words."""
     words = metric.replace("_", " ")

@@ -109,7 +109,7 @@ tbody th{font-weight:600}
 td.number,th.number{text-align:right;white-space:nowrap}
 td small{display:block;color:var(--soft);font-size:12.5px}
 td.key,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}
-.wrap{overflow-wrap:anywhere;min-width:11ch}
+.wrap{overflow-wrap:anywhere;min-width:13ch}
 .named{display:inline-flex;align-items:baseline}
 .chip{flex:none;width:11px;height:11px;border-radius:3px;margin-right:8px}
 .sure{font-weight:650;color:var(--ink)}

@@ -8,7 +8,14 @@ import pytest
 
 from megatron_deft.errors import UserError
 from megatron_deft.report.runs import find, read_runs
-from megatron_deft.report.scores import Results, colour_slots, metric_label, read_results, shown
+from megatron_deft.report.scores import (
+    Results,
+    colour_slots,
+    metric_label,
+    read_results,
+    shown,
+    told_by_set,
+)
 from tests.report.made import results, write_results, write_run
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "results" / "quickstart.json"
@@ -38,6 +45,7 @@ def test_sets_and_pass_at_k(tmp_path: Path) -> None:
     assert found.sets == ["aime24", "amc23"]
     assert found.models[1].sets["amc23"]["avg@12"].value.mean == pytest.approx(0.35)
     assert shown(found.metrics) == ["avg@12", *(f"pass@{k}" for k in (1, 2, 4, 8, 12))]
+    assert told_by_set(shown(found.metrics)) == ["avg@12", "pass@12"]
     assert metric_label("jaro_winkler") == "Jaro-Winkler"
     assert metric_label("pass@4") == "pass@4"
 
