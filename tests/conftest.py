@@ -35,6 +35,8 @@ LONGEST = (
     "data/prepare/test_sources",
     "models/test_packed",
     "evaluation/test_general",
+    "report/test_browser",
+    "report/test_write",
     "benchmarks/test_convert",
     "benchmarks/test_data",
 )

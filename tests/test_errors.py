@@ -111,6 +111,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(base: Path, tmp_path: Path, name:
 
 
 OTHER = {
+    "report of what is not there": ("nowhere does not exist", ["report", "nowhere"]),
     "import what is not there": ("nowhere", ["convert", "import", "nowhere", "out"]),
     "export what is not there": ("nowhere", ["convert", "export", "nowhere", "out"]),
     "evaluate what is not there": ("nowhere", ["evaluate", "figfont", "nowhere", "--data", "x"]),
