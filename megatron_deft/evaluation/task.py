@@ -7,7 +7,9 @@ from typing import Any
 from megatron_deft.evaluation.engines import Sampling
 from megatron_deft.evaluation.results import Metric
 
-Record = Mapping[str, Any]  # an answer: index, sample, set, question, gold, output, tokens, finished
+Record = Mapping[
+    str, Any
+]  # an answer: index, sample, set, question, gold, output, tokens, finished
 
 
 @dataclass(frozen=True)
