@@ -23,7 +23,7 @@ from megatron_deft.evaluation.answers import (
 )
 from megatron_deft.evaluation.engines import Sampling
 from megatron_deft.evaluation.limited import Stopped
-from megatron_deft.evaluation.results import Metric, bootstrap
+from megatron_deft.evaluation.results import Metric
 from megatron_deft.evaluation.task import Question, Record, Task
 from megatron_deft.evaluation.verify import verify
 
@@ -119,16 +119,12 @@ def score(records: Sequence[Record], workers: int) -> list[dict[str, float]]:
     return [{"accuracy": float(verdict is True)} for verdict in found]
 
 
-def _metrics() -> dict[str, Metric]:
-    return {"accuracy": Metric("accuracy", lambda prediction, gold: 0.0, bootstrap)}
-
-
 TASK = Task(
     name="math",
     title="Mathematics",
     read=read,
     prompts={"chat": None, **{name: write("{question}") for name, (_, write) in MATH.items()}},
-    metrics=_metrics(),
+    metrics={"accuracy": Metric("accuracy", True)},
     score=score,
     sampling=Sampling(max_new_tokens=4096, temperature=1.0, top_p=1.0, seed=0),
     samples=16,
