@@ -141,10 +141,14 @@ class Witness(pl.Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         torch.manual_seed(5)
         with torch.no_grad():
-            for parameter in pl_module.parameters():  # whose memory nobody has written to
+            for name, parameter in pl_module.named_parameters():
+                # whose memory nobody has written to; sure of some tokens, and wrongly of most
+                scale = 3.0 if "output_layer" in name else 1.0
                 noise = torch.randn_like(parameter)
                 wide = parameter.ndim == 2
-                parameter.copy_(noise / parameter.shape[1] ** 0.5 if wide else 1 + 0.2 * noise)
+                parameter.copy_(
+                    scale * noise / parameter.shape[1] ** 0.5 if wide else 1 + 0.2 * noise
+                )
 
     def on_megatron_microbatch_end(self, step: Any, batch: Any) -> None:
         if not step.forward_only:
