@@ -132,7 +132,9 @@ class ObjectiveCallback(pl.Callback):
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.attachment is not None:
             return
-        chunks = [m for m in trainer.strategy.megatron_parallel if isinstance(m, pl.LightningModule)]
+        chunks = [
+            m for m in trainer.strategy.megatron_parallel if isinstance(m, pl.LightningModule)
+        ]
         vocab_size = self.vocab_size or _vocab_size(pl_module)
         self.attachment = attach(chunks, self.objective, vocab_size=vocab_size)
 

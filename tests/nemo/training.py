@@ -4,6 +4,7 @@ Imports NeMo at once, which takes half a minute.
 """
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -16,15 +17,19 @@ import lightning.pytorch as pl
 import nemo_run as run
 import pytest
 import torch
+import torch.distributed as dist
 from megatron.core import optimizer
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 from nemo import lightning as nl
 from nemo.collections import llm
 from nemo.collections.common.tokenizers import AutoTokenizer
+from nemo.lightning.base import teardown
 from nemo.lightning.pytorch.optim import CosineAnnealingScheduler, MegatronOptimizerModule
 from torch import Tensor
 
+from megatron_deft.integrations.nemo import deft_finetune_recipe
 from megatron_deft.platform import cpu
 from tests.nemo.real import SIZES
 from tests.oracle import loss_and_grad
@@ -72,8 +77,12 @@ def nemo_on_cpu() -> Iterator[None]:
         # the subclass's method stands between the caller and the one that asks
         patch.setattr(cpu, "_called_from_megatron", lambda: _called_from(2) or _called_from(3))
         patch.setattr(
-            optimizer, "get_megatron_optimizer", _optimizer_of_0_15(optimizer.get_megatron_optimizer)
+            optimizer,
+            "get_megatron_optimizer",
+            _optimizer_of_0_15(optimizer.get_megatron_optimizer),
         )
+        # the ranks wait by it for the first one's index of the samples
+        patch.setattr(torch.cuda, "LongTensor", torch.LongTensor)
         with cpu.cpu_platform():
             yield
 
@@ -93,14 +102,14 @@ def write_data(folder: Path, samples: int = 16) -> Path:
 
 def tiny_recipe(data: Path, tokenizer: Path, logs: Path, steps: int = 2) -> Any:
     """A NeMo recipe as its users have them, of a size for tests."""
-    strategy = run.Config(
-        nl.MegatronStrategy, ddp=run.Config(nl.pytorch.strategies.megatron_strategy.DistributedDataParallelConfig,
-        average_in_collective=True), ckpt_async_save=False,
-    )
-    optim = OptimizerConfig
+    # as NeMo's recipes for speed have it
+    ddp = run.Config(DistributedDataParallelConfig, average_in_collective=True)
+    strategy = run.Config(nl.MegatronStrategy, ddp=ddp, ckpt_async_save=False)
     return run.Partial(
         llm.finetune,
-        model=run.Config(llm.LlamaModel, config=run.Config(llm.LlamaConfig, **SIZES, vocab_size=384)),
+        model=run.Config(
+            llm.LlamaModel, config=run.Config(llm.LlamaConfig, **SIZES, vocab_size=384)
+        ),
         trainer=run.Config(
             nl.Trainer, accelerator="cpu", devices=1, max_steps=steps, strategy=strategy,
             use_distributed_sampler=False, limit_val_batches=1, num_sanity_val_steps=0,
@@ -112,14 +121,17 @@ def tiny_recipe(data: Path, tokenizer: Path, logs: Path, steps: int = 2) -> Any:
             tokenizer=run.Config(AutoTokenizer, str(tokenizer)),
             dataset_kwargs={
                 "prompt_template": "{input}{output}", "truncation_field": "output",
-                "sanity_check_dist_workers": False,  # by torch.cuda.LongTensor
             },
         ),
         optim=run.Config(
             MegatronOptimizerModule,
-            config=run.Config(optim, optimizer="adam", lr=1e-2, bf16=False, fp16=False,
-                              use_distributed_optimizer=False, clip_grad=1.0),
-            lr_scheduler=run.Config(CosineAnnealingScheduler, warmup_steps=0, constant_steps=0, min_lr=0.0),
+            config=run.Config(
+                OptimizerConfig, optimizer="adam", lr=1e-2, bf16=False, fp16=False,
+                use_distributed_optimizer=False, clip_grad=1.0,
+            ),
+            lr_scheduler=run.Config(
+                CosineAnnealingScheduler, warmup_steps=0, constant_steps=0, min_lr=0.0
+            ),
         ),
         log=run.Config(nl.NeMoLogger, log_dir=str(logs), ckpt=None, use_datetime_version=False),
         tokenizer="data",
@@ -150,7 +162,8 @@ class Witness(pl.Callback):
                     scale * noise / parameter.shape[1] ** 0.5 if wide else 1 + 0.2 * noise
                 )
 
-    def on_megatron_microbatch_end(self, step: Any, batch: Any) -> None:
+    def on_megatron_microbatch_start(self, step: Any, batch: Any) -> None:
+        """As the data are; the objective's callback comes later."""
         if not step.forward_only:
             self.batches.append({k: v.clone() for k, v in batch.items() if v is not None})
 
@@ -164,10 +177,12 @@ class Witness(pl.Callback):
         loss, gradients = self._oracle(module, list(named.values()))
         self.steps.append(
             {
-                "reduced": float(reduced), "loss": loss, "oracle": dict(zip(named, gradients, strict=True)),
+                "reduced": float(reduced),
+                "loss": loss,
+                "oracle": dict(zip(named, gradients, strict=True)),
                 "found": {k: p.main_grad.clone() for k, p in named.items()},
             }
-        )  # fmt: skip
+        )
         self.weights.append(module.output_layer.weight.detach().clone())
         self.batches.clear()
 
@@ -178,28 +193,68 @@ class Witness(pl.Callback):
             with torch.enable_grad():
                 logits = module(batch["tokens"], batch["position_ids"], batch["attention_mask"])
             logits = logits.flatten(0, 1)
-            labels = batch["labels"].flatten()
+            labels = batch["labels"].masked_fill(batch["loss_mask"] == 0, -100).flatten()
             ones = torch.ones_like(labels, dtype=torch.float64)
             loss, grad, keep, _ = loss_and_grad(self.spec, logits, labels, VOCAB, ones)
             parts.append((logits, loss.sum(), grad, keep.sum()))
-        total = sum(int(count) for *_, count in parts)
-        totals = [total if self.reduction == "token" else int(c) * len(parts) for *_, c in parts]
-        outputs = [logits for logits, *_ in parts]
+        ranks, (losses, total) = (
+            dist.get_world_size(),
+            _added(
+                torch.stack(
+                    [sum(value for _, value, *_ in parts), sum(count for *_, count in parts)]
+                )
+            ),
+        )
+        means = {
+            "token": [total] * len(parts),
+            "micro_batch": [c * len(parts) * ranks for *_, c in parts],
+        }
         upstream = [
-            (grad / n).float() for (_, _, grad, _), n in zip(parts, totals, strict=True)
+            (grad / n).float()
+            for (_, _, grad, _), n in zip(parts, means[self.reduction], strict=True)
         ]
-        gradients = torch.autograd.grad(outputs, parameters, upstream)
-        loss = sum(float(value) for _, value, *_ in parts) / total
-        return loss, list(gradients)
+        gradients = torch.autograd.grad([logits for logits, *_ in parts], parameters, upstream)
+        return float(losses / total), [_added(gradient) for gradient in gradients]
+
+    def check(self) -> None:
+        """Assert that every step minimised what the formula says, and did step."""
+        assert len(self.steps) == 2
+        for step in self.steps:
+            assert step["reduced"] == pytest.approx(step["loss"], rel=1e-5)
+            for name, found in step["found"].items():
+                expected = step["oracle"][name]
+                assert expected.norm() > 0, name
+                tolerance = 1e-5 * float(expected.abs().max())
+                torch.testing.assert_close(found, expected, rtol=1e-3, atol=tolerance, msg=name)
+        assert not torch.equal(*self.weights)
+
+
+def _added(values: Tensor) -> Tensor:
+    """The sum over data-parallel ranks."""
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
 
 
 def finetune(recipe: Any, *callbacks: pl.Callback) -> None:
-    """Run the recipe with more callbacks, which need not serialise."""
-    from nemo.lightning.base import teardown
-
+    """Run the recipe with more callbacks before its own, which need not serialise."""
     task = fiddle.build(recipe)
     trainer = task.keywords["trainer"]
-    trainer.callbacks.extend(callbacks)
+    trainer.callbacks[:0] = callbacks
     with nemo_on_cpu():
         task()
         teardown(trainer, task.keywords["model"])
+
+
+def train_and_check(spec: str, reduction: str, data: str, tokenizer: str, logs: str) -> None:
+    """Two steps on as many ranks as there are, whose gradients are the formula's."""
+    base = tiny_recipe(Path(data), Path(tokenizer), Path(logs))
+    base.trainer.devices = int(os.environ.get("WORLD_SIZE", "1"))
+    recipe = deft_finetune_recipe(base, spec, reduction=reduction, vocab_size=VOCAB)
+    witness = Witness(spec, reduction)
+    finetune(recipe, witness)
+    witness.check()
+
+
+if __name__ == "__main__":
+    train_and_check(*sys.argv[1:])
