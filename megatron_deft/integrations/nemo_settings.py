@@ -80,7 +80,7 @@ MODELS: Mapping[str, Base] = {
 _MATH = Settings(lr=5e-5, max_length=3072, micro_batch=4, samples=264 * 256)
 _MEDICAL = Settings(lr=5e-5, max_length=800, micro_batch=16, samples=91 * 256)
 _FIGFONT = Settings(lr=5e-5, max_length=800, micro_batch=16, samples=156 * 256, weight_decay=1e-5)
-_LLAMA_8B = {"lr": 2e-5}
+_LLAMA_8B: dict[str, Any] = {"lr": 2e-5}
 _EAFT: dict[str, Any] = {
     "lr": 1e-5, "min_lr": 1e-6, "warmup_ratio": 0.05, "max_length": 16384, "global_batch": 64,
     "micro_batch": 4,
