@@ -76,6 +76,8 @@ def score(records: Sequence[Record], workers: int = 1) -> list[dict[str, float]]
     del workers
     found = [extract_option(record["output"], record["gold"]["options"]) for record in records]
     counts = Counter(rule for _, rule in found)
+    if not found:
+        return []
     _log.info(
         "medical: options of %d answers found by %s; the last are guesses",
         len(found),

@@ -11,14 +11,9 @@ from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.evaluation.statistics import Interval, bootstrap, pass_at_k, wilson
 
 _PACKAGES = (
-    "megatron_deft",
-    "torch",
-    "transformers",
-    "tokenizers",
-    "vllm",
-    "math-verify",
-    "lm_eval",
-)
+    "megatron_deft", "torch", "transformers", "tokenizers", "vllm", "lm_eval", "math-verify",
+    "latex2sympy2_extended", "sympy", "antlr4-python3-runtime",
+)  # fmt: skip
 
 Values = Mapping[str, Mapping[str, Sequence[float]]]  # metric -> set -> the value of each question
 

@@ -86,6 +86,7 @@ def evaluate(
         **asdict(sampling),
     }
     target = results_path(out)
+    task.score([], 1)  # a package that scoring lacks is told before anything is generated
     for folder in folders:  # a prompt that does not fit fails before any weight is loaded
         tokenizer = load_tokenizer(folder)
         check_prompt(tokenizer, template)
