@@ -23,7 +23,7 @@ CASES = [
 def experiment(recipe: str, dataset: str, key: str, **changes: object) -> Experiment:
     made = Experiment(
         recipe_name=recipe, dataset=dataset, key=key, objective=RECIPES[recipe][dataset].objective,
-        processes=2, devices=None, root=Path("/root"), script=Path("/root/a.sh"),
+        processes=2, devices=None, root=Path("/project"), script=Path("/project/a.sh"),
     )  # fmt: skip
     return replace(made, **changes)  # type: ignore[arg-type]
 
