@@ -22,9 +22,9 @@ from megatron_deft.benchmarks.peers import version
 from megatron_deft.benchmarks.processes import megatron_deft, part
 from megatron_deft.benchmarks.report import budget_table, columns, save
 from megatron_deft.benchmarks.tokenising import Case, learn
-from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.errors import UserError
 from megatron_deft.files import require_space
+from megatron_deft.processes import available_cores
 from megatron_deft.revision import commit
 
 log = logging.getLogger(__name__)

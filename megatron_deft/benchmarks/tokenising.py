@@ -24,8 +24,8 @@ from megatron_deft.benchmarks import corpus
 from megatron_deft.benchmarks.budgets import Row
 from megatron_deft.benchmarks.processes import megatron_deft, part
 from megatron_deft.data.manifest import read_manifest
-from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.data.rows import read_rows
+from megatron_deft.processes import available_cores
 
 log = logging.getLogger(__name__)
 

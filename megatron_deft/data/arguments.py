@@ -96,8 +96,8 @@ def run_pretrain(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace, settings: RowSettings) -> int:
     from megatron_deft.data.inspect import describe
-    from megatron_deft.data.prepare.pool import available_cores
     from megatron_deft.data.prepare.tokenise import prepare_set
+    from megatron_deft.processes import available_cores
 
     workers = available_cores() if args.workers is None else args.workers
     manifest = prepare_set(

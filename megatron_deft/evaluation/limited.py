@@ -22,8 +22,8 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from megatron_deft.errors import UserError
+from megatron_deft.processes import PATIENCE, interrupts_held
 
-_PATIENCE = 10  # seconds that a process is given to end
 _PRELOADED = ["math_verify"]  # what is called takes a second to import, and may be absent
 
 
@@ -107,7 +107,8 @@ def _hire(calls: Calls) -> _Worker:
     context.set_forkserver_preload(_PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, calls), daemon=True)
-    process.start()
+    with interrupts_held():
+        process.start()
     theirs.close()  # only the process holds it: its end is seen as the end of the file
     return _Worker(process, ours)
 
@@ -123,7 +124,7 @@ def _take(worker: _Worker) -> Any:
     try:
         result = worker.pipe.recv()
     except (EOFError, OSError):
-        worker.process.join(_PATIENCE)
+        worker.process.join(PATIENCE)
         return Stopped(late=worker.process.exitcode == -signal.SIGPROF)
     if isinstance(result, _Error):
         raise RuntimeError(result.trace)
@@ -138,7 +139,6 @@ def _end(worker: _Worker) -> None:
 
 def _work(pipe: Connection, calls: Calls) -> None:
     """The life of a process: until its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a handler would wait for the library's end
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = calls.limits.memory

@@ -7,8 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.evaluation.statistics import Interval, bootstrap, pass_at_k, wilson
+from megatron_deft.processes import available_cores
 
 _PACKAGES = (
     "megatron_deft", "torch", "transformers", "tokenizers", "vllm", "lm_eval", "math-verify",

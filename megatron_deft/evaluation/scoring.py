@@ -11,7 +11,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation.log import Key, label_of, read_log
 from megatron_deft.evaluation.results import (
@@ -22,6 +21,7 @@ from megatron_deft.evaluation.results import (
 )
 from megatron_deft.evaluation.task import Record, Task
 from megatron_deft.files import atomic_write
+from megatron_deft.processes import available_cores
 
 TASKS = ("math", "medical", "figfont")
 _HEADER = ("task", "model", "data")  # what stands in a log's header beside the settings

@@ -16,11 +16,11 @@ from megatron_deft.data.indexed import open_set
 from megatron_deft.data.loader import Share
 from megatron_deft.data.manifest import TOKENS
 from megatron_deft.data.mixture import Rows, SampleRows
-from megatron_deft.data.prepare.pool import available_cores
 from megatron_deft.data.prepare.tokenise import RowSettings, prepare_set
 from megatron_deft.data.pretraining import TextRows
 from megatron_deft.data.sampler import Blend, Indices, Stream, steps
 from megatron_deft.errors import UserError
+from megatron_deft.processes import available_cores
 from megatron_deft.training.schedule import warmup_length
 
 Built = TypeVar("Built")

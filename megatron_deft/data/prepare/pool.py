@@ -16,8 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 from megatron_deft.errors import UserError
-
-_PATIENCE = 10  # seconds that a process is given to end
+from megatron_deft.processes import PATIENCE, interrupts_held
 
 
 class Job(Protocol):
@@ -42,13 +41,6 @@ class _Worker:
     process: BaseProcess
     pipe: Connection
     number: int = -1  # of the job it has
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def run_jobs(job: Job, numbers: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
@@ -100,7 +92,8 @@ def _crew(job: Job, count: int) -> Iterator[list[_Worker]]:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, job), daemon=True)
-            process.start()
+            with interrupts_held():
+                process.start()
             theirs.close()  # only the process holds it: its end is seen as the end of the file
             crew.append(_Worker(process, ours))
         yield list(reversed(crew))
@@ -109,7 +102,7 @@ def _crew(job: Job, count: int) -> Iterator[list[_Worker]]:
             worker.pipe.close()
             worker.process.terminate()
         for worker in crew:
-            worker.process.join(_PATIENCE)
+            worker.process.join(PATIENCE)
             if worker.process.is_alive():
                 worker.process.kill()
                 worker.process.join()
@@ -131,7 +124,7 @@ def _take(job: Job, worker: _Worker) -> Any:
 
 
 def _died(job: Job, worker: _Worker) -> UserError:
-    worker.process.join(_PATIENCE)
+    worker.process.join(PATIENCE)
     code = worker.process.exitcode
     how = f"exit code {code}"
     if code is not None and code < 0:
@@ -146,7 +139,6 @@ def _died(job: Job, worker: _Worker) -> UserError:
 
 def _work(pipe: Connection, job: Job) -> None:
     """The life of a process: until its pipe is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores, not threads
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # what it warns of, the parent was told
     try:

@@ -33,6 +33,16 @@ if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """
 
+INTERRUPTED = f"""
+import os, signal, sys
+from megatron_deft.data import jsonl
+from megatron_deft.cli import main
+jsonl.TASK_BYTES = {TASK}
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+os.kill(os.getpid(), signal.SIGINT)  # in a process that is being started
+"""
+
 
 def start_slowly(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
     """The command in a process group of its own, and a while from its end."""
@@ -96,6 +106,20 @@ def test_an_interrupt_ends_all_processes(tmp_path: Path, tiny_folder: Path, file
     while is_alive(process.pid):  # Python's own helper process ends a moment later
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_an_interrupt_is_left_to_the_first_process(
+    tmp_path: Path, tiny_folder: Path, file: str
+) -> None:
+    """Even while the others start: their imports take seconds, and one would print a trace."""
+    script = tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    words = ("prepare", "chat", str(tmp_path / "set"), file, "--tokenizer", str(tiny_folder))
+    done = subprocess.run(
+        [sys.executable, str(script), *words, "--workers", "2"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def is_alive(group: int) -> bool:

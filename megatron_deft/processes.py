@@ -1,0 +1,32 @@
+"""What pools of processes share: how many there are to be, and how they are started."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
+
+PATIENCE = 10  # seconds that a process is given to end
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """A block in which processes are started that leave an interrupt (SIGINT) to this one.
+
+    A terminal sends it to all of them. They have it blocked from their first instruction, as a new
+    program keeps the mask of who started it; to ignore it in what they run would be too late for
+    the seconds of their imports. Here an interrupt takes effect at the block's end.
+    """
+    resource_tracker.ensure_running()  # Python starts it before the first, and then unblocks SIGINT
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
