@@ -1,7 +1,7 @@
 # make quickstart   the whole road on this machine: data, tiny base, DEFT, export, score
 # make test         the test suite, in JOBS=2 processes; in one: .venv/bin/python -m pytest
 # make test-transformers4   the tests of conversion under transformers 4.57, and between it and 5
-# make test-nemo    NeMo 2 checkpoints against the real NeMo, in an environment of its own
+# make test-nemo    NeMo 2's checkpoints, recipes and training loop, in an environment of its own
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
@@ -23,7 +23,7 @@ BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test test-transformers4 test-nemo lint format bench bench-convert bench-data clean
+.PHONY: install quickstart test test-transformers4 nemo-environment test-nemo lint format bench bench-convert bench-data clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -69,7 +69,9 @@ $(NEMO_VENV)/.installed: $(NEMO_VENV)/.nemo $(SOURCES)
 	$(NEMO_VENV)/bin/pip install --quiet --no-build-isolation -e .
 	touch $@
 
-test-nemo: $(NEMO_VENV)/.installed
+nemo-environment: $(NEMO_VENV)/.installed
+
+test-nemo: nemo-environment
 	$(NEMO_VENV)/bin/python -m pytest tests/nemo -W ignore
 
 lint: install

@@ -18,7 +18,7 @@ from megatron_deft.integrations.nemo import deft_finetune_recipe
 def main() -> None:
     """Make the recipe of the arguments, and print or run it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="Qwen2.5-Math-1.5B")
+    parser.add_argument("--model", default="qwen-2.5-math-1.5b")
     parser.add_argument("--dataset", default="math", help="math, medical or figfont")
     parser.add_argument("--objective", default="deft", help="see megatron-deft objectives")
     parser.add_argument("--gpus", type=int, default=2)

@@ -73,5 +73,12 @@ step "6. Score base and fine-tuned models on held-out words"
 # shellcheck disable=SC2086
 run megatron-deft evaluate figfont "$out/base" $(printf "$out/%s " $objectives) \
   --data "$out/data/test.parquet" --out "$out/results.json" --max-new-tokens 8
+
+step "7. What happened, on one page: curves, gates, landscapes, scores"
+runs=(base="$out/base-run")
+for objective in $objectives; do
+  runs+=("$objective=$out/$objective-run")
+done
+run megatron-deft report "${runs[@]}" "$out/results.json" --out "$out/report.html"
 echo
-echo "Done in $SECONDS s. What to read next: $out/deft-run/metrics.jsonl, $out/deft, README.md"
+echo "Done in $SECONDS s. What to read next: $out/report.html, $out/deft-run/metrics.jsonl, README.md"

@@ -22,6 +22,7 @@ ROOMS = {
     "hf_files": set(),
     "options": set(),
     "processes": set(),
+    "published": set(),
     "objectives": {"errors"},
     "config": {"errors", "objectives"},
     "checkpoint_folder": {"errors", "files"},
@@ -31,7 +32,7 @@ ROOMS = {
     "platform": {"errors"},
     "models": {"errors", "platform"},
     "data": {"errors", "files", "hf_files", "options", "processes", "config"},
-    "integrations": {"errors", "objectives", "loss"},
+    "integrations": {"errors", "objectives", "loss", "published"},
     "convert": {
         "errors", "files", "hf_files", "checkpoint_folder", "platform", "models", "integrations",
         "revision",
@@ -49,7 +50,7 @@ ROOMS = {
     },
     "report": {"errors", "files", "options", "evaluation"},
     "launch": {"errors"},
-    "one_click": {"errors", "files", "options", "objectives", "config", "launch"},
+    "one_click": {"errors", "files", "options", "objectives", "config", "launch", "published"},
     "doctor": {"ops", "models", "platform"},
 }  # fmt: skip
 TOP = {"cli", "train", "__init__", "__main__"}  # may import everything

@@ -25,7 +25,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     # every command is printed before it runs
     commands = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
-    assert len(commands) == 11  # of which two convert to Megatron and two back
+    assert len(commands) == 12  # of which two convert to Megatron and two back
     assert any(line.startswith("$ env OMP_NUM_THREADS=1 torchrun ") for line in commands)
     assert "⟦" in done.stdout  # the mask of the first sample
     assert "step 8/8 | loss " in done.stdout
@@ -33,6 +33,7 @@ def test_the_whole_road(tmp_path: Path) -> None:
     assert len(lines) == 8
     results = json.loads((out / "results.json").read_text())
     assert list(results["models"]) == ["base", "deft"]
+    assert (out / "report.html").is_file()
     for name in ("config.json", "generation_config.json", "tokenizer.json", "model.safetensors"):
         assert (out / "deft" / name).is_file()
 

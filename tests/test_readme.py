@@ -45,6 +45,7 @@ def test_the_road_runs_as_written(tmp_path: Path) -> None:
     assert list((tmp_path / "runs" / "deft" / "tensorboard").glob("events*"))  # on by itself
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["models"]) == {"tiny", "deft"}
+    assert (tmp_path / "report.html").is_file()
 
 
 def test_every_command_parses() -> None:

@@ -20,6 +20,8 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `prepare chat`."""
     _add_sources(parser)
     _add_row_arguments(parser, ("auto", "columns", "messages"))
+    _add_length_arguments(parser)
+    _add_bad_rows(parser)
     _add_work_arguments(parser)
 
 
@@ -29,6 +31,20 @@ def add_pretrain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-key", default="text", metavar="NAME", help="column [text]")
     _add_bad_rows(parser)
     _add_work_arguments(parser)
+
+
+def add_nemo_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `prepare nemo`."""
+    add = parser.add_argument
+    add("out", metavar="OUT", help="folder to write: what the recipe's data_dir names")
+    for split in ("training", "validation"):
+        add(f"--{split}", nargs="+", required=True, metavar="FILE", help=FILES)
+    add("--tokenizer", required=True, metavar="HF", help="a Hugging Face folder with a tokenizer")
+    _add_row_arguments(parser, ("auto", "columns", "messages"))
+    _add_bad_rows(parser)
+    add("--limit", type=int, metavar="N", help="first so many rows of each [all]")
+    add("--overwrite", action="store_true", help="replace OUT if it has a training.jsonl")
+    parser.set_defaults(max_length=None, truncation="right")  # NeMo cuts by its own seq_length
 
 
 def _add_sources(parser: argparse.ArgumentParser) -> None:
@@ -57,12 +73,15 @@ def _add_row_arguments(parser: argparse._ActionsContainer, formats: tuple[str, .
         "--use-original-prompt", action="store_true",
         help="prompts are whole as they are, special tokens written out: apply no template",
     )  # fmt: skip
+
+
+def _add_length_arguments(parser: argparse._ActionsContainer) -> None:
+    add = parser.add_argument
     add("--max-length", type=int, metavar="N", help="longest sample, tokens [no limit]")
     add(
         "--truncation", choices=("right", "drop", "error"), default="right",
         help="a longer sample is cut at its end, left out and counted, or an error [right]",
     )  # fmt: skip
-    _add_bad_rows(parser)
 
 
 def _add_bad_rows(parser: argparse._ActionsContainer) -> None:
@@ -92,6 +111,18 @@ def run_pretrain(args: argparse.Namespace) -> int:
         format="text", text_key=args.text_key, bad_rows=args.bad_rows, limit=args.limit
     )
     return _prepare(args, settings)
+
+
+def run_nemo(args: argparse.Namespace) -> int:
+    """Write prompts and answers for NeMo; returns 0."""
+    from megatron_deft.data.prepare.nemo import SPLITS, write_nemo
+
+    files = {split: getattr(args, split) for split in SPLITS}
+    found = write_nemo(args.out, files, args.tokenizer, _settings(args), overwrite=args.overwrite)
+    for split, count in found.items():
+        dropped = f", {count['dropped']} dropped" if count["dropped"] else ""
+        print(f"{args.out}/{split}.jsonl: {count['rows']} rows{dropped}")
+    return 0
 
 
 def _prepare(args: argparse.Namespace, settings: RowSettings) -> int:
@@ -144,6 +175,8 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("for a file that is not prepared")
     group.add_argument("--text-key", default="text", metavar="NAME", help="of format text [text]")
     _add_row_arguments(group, ("auto", "columns", "messages", "text"))
+    _add_length_arguments(group)
+    _add_bad_rows(group)
 
 
 def run_inspect(args: argparse.Namespace) -> int:
@@ -222,6 +255,15 @@ PREPARE = {
         "data/chat train.jsonl --tokenizer Qwen2.5-1.5B --max-length 2048 --truncation drop\n"
         "  megatron-deft prepare chat data/math math/train.parquet --format columns "
         "--tokenizer Llama-3.1-8B --template llama3",
+    ),
+    "nemo": Command(
+        add_nemo_arguments,
+        run_nemo,
+        "Write prompts and answers for NeMo's fine-tuning. OUT gets training.jsonl and "
+        "validation.jsonl, with prompts as the model shall see them, written by the chat template. "
+        "Rows are those of `prepare chat`, with one trained turn each.",
+        "data/nemo/math --training data/math/train.parquet --validation data/math/val.parquet "
+        "--tokenizer Qwen2.5-Math-1.5B",
     ),
     "pretrain": Command(
         add_pretrain_arguments,

@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_deft.errors import UserError
-from megatron_deft.integrations.logged import LOGGED, logged_sums
 from megatron_deft.loss.attach import Attachment, attach
+from megatron_deft.loss.metrics import METRICS, metric_sums
 from megatron_deft.loss.vocab_parallel import TokenStatistics
 from megatron_deft.objectives import Objective, parse
 
@@ -219,6 +219,6 @@ def objective_loss(
     weights = mask.view_as(statistics.keep) * statistics.keep
     rest = partial(loss_function.func, weights, *args, **loss_function.keywords)
     numerator, denominator, report = rest(output)
-    count, *sums = logged_sums(statistics, weights).float()
-    metrics = {name: torch.stack([value, count]) for name, value in zip(LOGGED, sums, strict=True)}
+    count, *sums = metric_sums(statistics, weights).float()
+    metrics = {name: torch.stack([value, count]) for name, value in zip(METRICS, sums, strict=True)}
     return numerator, denominator, {**report, **metrics}

@@ -2,13 +2,13 @@
 
     from megatron_deft.integrations.nemo import deft_finetune_recipe
 
-    recipe = deft_finetune_recipe("Llama-3.1-8B", objective="deft", dataset="medical")
+    recipe = deft_finetune_recipe("llama-3.1-8b", objective="deft", dataset="medical")
     recipe.trainer.devices = 4
     run.run(recipe, executor=run.LocalExecutor(ntasks_per_node=4, launcher="torchrun"))
 
 On the command line, where quotes keep the shell away:
 
-    nemo llm finetune --factory "deft(model=Llama-3.1-8B, dataset=medical)" optim.config.lr=1e-5
+    nemo llm finetune --factory "deft(model=llama-3.1-8b, dataset=medical)" optim.config.lr=1e-5
 
 Importing this module does not import NeMo; making a recipe does.
 """
@@ -27,6 +27,7 @@ from megatron_deft.integrations.nemo_settings import (
     find_settings,
 )
 from megatron_deft.objectives import parse
+from megatron_deft.published import MODELS as HUB
 
 if TYPE_CHECKING:
     import nemo_run as run
@@ -77,7 +78,7 @@ def deft_finetune_recipe(
     else:
         key, dataset = find_model(model), dataset or "math"
         settings = find_settings(key, dataset)
-        name = name or f"{key}_{dataset}_{objective}".lower()
+        name = name or f"{key}_{dataset}_{objective}"
         recipe = _base(key, dir, name, num_nodes, num_gpus_per_node)
         _apply(recipe, settings, data_dir or f"data/nemo/{dataset}")
     return with_objective(recipe, objective, reduction=reduction, vocab_size=vocab_size)
@@ -167,11 +168,11 @@ def _base(key: str, dir: str | None, name: str, nodes: int, devices: int) -> Any
     from nemo.collections import llm
     from nemo.collections.llm.recipes.finetune_default import default_finetune_recipe, nemo_resume
 
-    base = MODELS[key]
+    base, hub = MODELS[key], HUB[key]
     if base.recipe is None:
         config = run.Config(llm.LlamaConfig)
         recipe = default_finetune_recipe(
-            run.Config(llm.LlamaModel, config=config), base.hub, dir, name, nodes, devices
+            run.Config(llm.LlamaModel, config=config), hub, dir, name, nodes, devices
         )
         recipe.trainer.strategy.tensor_model_parallel_size = 2  # as NeMo has for its 7B models
     else:
@@ -179,7 +180,7 @@ def _base(key: str, dir: str | None, name: str, nodes: int, devices: int) -> Any
         recipe = make(
             dir=dir, name=name, num_nodes=nodes, num_gpus_per_node=devices, peft_scheme=None
         )
-        recipe.resume = nemo_resume(base.hub)
+        recipe.resume = nemo_resume(hub)
     for field, value in base.config.items():
         setattr(recipe.model.config, field, value)
     return recipe
@@ -208,7 +209,7 @@ def _apply(recipe: Any, settings: Settings, data_dir: str) -> None:
         adam_beta2=settings.betas[1],
         clip_grad=settings.clip_grad,
     )
-    recipe.optim.config.adam_eps = settings.eps
+    recipe.optim.config.adam_eps = 1e-8  # of the releases' AdamW
     recipe.optim.config.weight_decay = settings.weight_decay
     recipe.trainer.max_steps = settings.steps
     # validated and kept at the end, which is what is published

@@ -12,11 +12,14 @@ model_transform, the one slot that adapters need.
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from nemo.lightning import MegatronStrategy
 from torch import Tensor
 
 from megatron_deft.errors import UserError
+from megatron_deft.integrations.nemo_optimizer import mend_optimizer
 from megatron_deft.loss.attach import Attachment, attach
+from megatron_deft.loss.metrics import METRICS, metric_sums, sum_over_ranks
 from megatron_deft.objectives import parse
 
 IGNORED = -100
@@ -44,6 +47,8 @@ class ObjectiveCallback(pl.Callback):
                 tokenizer's
     attachment: what is attached to the model while it trains or validates
 
+    Of every training step it logs the means over its kept tokens, on all ranks, of METRICS: ce, p,
+    gate, collision, entropy and accuracy.
     The model's config has to agree, before the model is built: calculate_per_token_loss is true for
     "token" and false for "micro_batch", and with "token" the strategy's DDP config must not say
     average_in_collective. `deft_finetune_recipe` sees to both.
@@ -58,6 +63,7 @@ class ObjectiveCallback(pl.Callback):
         self.reduction = reduction
         self.vocab_size = vocab_size
         self.attachment: Attachment | None = None
+        self._sums: Tensor | None = None  # of the step's micro-batches
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a trainer or model that would reduce otherwise; before the model is built."""
@@ -86,6 +92,7 @@ class ObjectiveCallback(pl.Callback):
                 f"reduction=micro_batch with context_parallel_size={strategy.context_parallel_size}"
                 ": a rank knows its own part of a micro-batch alone; use reduction=token"
             )
+        mend_optimizer()
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """NeMo's strategy has built the model by now."""
@@ -114,20 +121,38 @@ class ObjectiveCallback(pl.Callback):
         if labels is not None and mask is not None:
             batch["labels"] = labels.masked_fill(mask == 0, IGNORED)
 
-    def on_megatron_microbatch_end(self, batch: dict[str, Tensor | None], output: Any) -> None:
+    def on_megatron_microbatch_end(
+        self, step: Any, batch: dict[str, Tensor | None], output: Any
+    ) -> None:
         """Take what the objective drops out of the mask; output: the loss, or hidden states."""
         mask = batch.get("loss_mask")
         if self.attachment is None or mask is None:
             return
         statistics = self.attachment.statistics
         if statistics is not None:
-            batch["loss_mask"] = mask * statistics.keep
+            batch["loss_mask"] = kept = mask * statistics.keep
+            if not step.forward_only:
+                sums = metric_sums(statistics, kept)
+                self._sums = sums if self._sums is None else self._sums + sums
         elif not isinstance(output, Tensor) or output.shape == mask.shape:
             raise UserError(
                 "the model made its loss elsewhere than where the objective is attached: switch "
                 "off a cross-entropy that is fused with the output layer "
                 "(model.config.cross_entropy_fusion_impl)"
             )
+
+    def on_megatron_step_end(self, step: Any) -> None:
+        """Log the metrics of a training step."""
+        if self.attachment is None or step.forward_only:
+            return
+        sums, self._sums = self._sums, None
+        if sums is None:  # no last pipeline stage
+            device = next(step.pl_module.parameters()).device
+            sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)
+        count, *totals = sum_over_ranks(sums)
+        for name, total in zip(METRICS, totals, strict=True):
+            # nan without a kept token: 0 would look like a perfect model
+            step.pl_module.log(name, (total / count).float(), batch_size=1)
 
     def _attach(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.attachment is not None:

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from megatron_deft.errors import UserError
-from megatron_deft.integrations.logged import LOGGED, logged_sums
+from megatron_deft.loss.metrics import METRICS, metric_sums
 from megatron_deft.loss.reduction import reduce_loss
 from megatron_deft.loss.vocab_parallel import TokenStatistics, token_loss
 from megatron_deft.objectives import Objective, parse
@@ -267,7 +267,7 @@ class ObjectiveCallback(TrainerCallback):
     def saw(self, statistics: TokenStatistics, training: bool) -> None:
         """Add a call of the loss function to the sums."""
         self._calls += training
-        sums = logged_sums(statistics)
+        sums = metric_sums(statistics)
         self._sums[training] = self._sums[training] + sums if training in self._sums else sums
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -315,8 +315,8 @@ class ObjectiveCallback(TrainerCallback):
 def _means(sums: Tensor | None, device: torch.device) -> dict[str, float]:
     """The metrics from the sums of all devices; nothing where no token was kept."""
     if sums is None:
-        sums = torch.zeros(1 + len(LOGGED), dtype=torch.float64, device=device)
+        sums = torch.zeros(1 + len(METRICS), dtype=torch.float64, device=device)
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(sums)  # every rank logs, and saw other tokens
     count, *totals = sums.tolist()
-    return dict(zip(LOGGED, (total / count for total in totals), strict=True)) if count else {}
+    return dict(zip(METRICS, (total / count for total in totals), strict=True)) if count else {}

@@ -17,9 +17,9 @@ from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 from megatron_deft.launch import USER_ERROR
 from megatron_deft.objectives import parse
-from megatron_deft.one_click.recipes import MODELS, RECIPES
 from megatron_deft.one_click.script import Experiment, configuration, file_name, script
 from megatron_deft.options import add_number
+from megatron_deft.published import MODELS, RECIPES
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

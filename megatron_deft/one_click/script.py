@@ -6,21 +6,26 @@ when what it makes is there, which all of these commands make appear whole or no
 
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from megatron_deft.one_click.recipes import (
-    MODELS,
-    RECIPES,
-    SMOKE,
-    SMOKE_EVALUATE,
-    SMOKE_PREPARE,
-    SOURCES,
-    Recipe,
-)
+from megatron_deft.published import MODELS, RECIPES, SOURCES, Keys, Recipe
+
+SMOKE: Keys = {
+    "model.dtype": "fp32", "data.max_length": 800, "train.epochs": None, "train.steps": 2,
+    "train.micro_batch": 1, "train.save_every": None, "train.val_every": None,
+}  # fmt: skip
+"""What --smoke changes in the configuration, beside train.global_batch: one sample a process."""
+
+SMOKE_PREPARE: Mapping[str, tuple[str, ...]] = {
+    "math": ("--limit", "16", "--val-size", "4"),
+    "medical": ("--limit", "16", "--val-size", "4"),
+    "figfont": ("--train-size", "16", "--test-size", "4", "--fonts", "cybermedium"),
+}
+SMOKE_EVALUATE = ("--limit", "2", "--batch-size", "2")
 
 
 @dataclass(frozen=True, kw_only=True)

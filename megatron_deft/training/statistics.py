@@ -5,13 +5,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from megatron_deft.loss.metrics import METRICS, metric_sums, sum_over_ranks
 from megatron_deft.loss.vocab_parallel import TokenStatistics
 
-MEANS = ("ce", "p", "gate", "collision", "entropy", "accuracy")
-SUMS = ("objective", "denominator", "kept_tokens", "weight", *MEANS)
+SUMS = ("objective", "denominator", "kept_tokens", "weight", *METRICS)
 HISTOGRAMS = {"gate": 10, "p": 20}  # bins over [0, 1]
 LANDSCAPE_BINS = (20, 40)  # of p, and of the entropy as a share of ln(vocabulary)
 _STEP_SUMS = len(SUMS) + sum(HISTOGRAMS.values())
@@ -34,19 +33,9 @@ def token_sums(
     |gate| * (1 - p), which is the gradient on the target's logit.
     """
     keep, gate = statistics.keep, statistics.gate
+    head = [numerator.detach().double(), denominator.double(), keep.sum().double()]
+    parts = [torch.stack(head), metric_sums(statistics, weights)]
     weights = weights.double().where(keep, 0.0)
-    per_token = (
-        -statistics.logp,
-        statistics.p,
-        gate,
-        statistics.collision,
-        statistics.entropy,
-        statistics.is_argmax,
-    )
-    # where, not a product alone: what is not kept may be inf
-    means = [(value.double().where(keep, 0.0) * weights).sum() for value in per_token]
-    head = [numerator.detach().double(), denominator.double(), keep.sum().double(), weights.sum()]
-    parts = [torch.stack([*head, *means])]
     for name, bins in HISTOGRAMS.items():
         parts.append(_binned(_bins(getattr(statistics, name), bins), bins, weights))
     if landscape_vocab is not None:
@@ -81,27 +70,17 @@ def reduce_sums(
 
     parts: what the schedule collected, {"sums": token_sums(...)} each; empty but on the last stage.
     """
-    from megatron.core import parallel_state
-
     total = torch.zeros(sums_size(landscape), dtype=torch.float64, device=device)
     for part in parts:
         total += part["sums"]
-    # data- and context-parallel ranks saw different tokens; tensor-parallel ones the same
-    dist.all_reduce(total, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-    # only the last stage has a loss, and every rank must take the same decisions
-    dist.broadcast(
-        total,
-        src=parallel_state.get_pipeline_model_parallel_last_rank(),
-        group=parallel_state.get_pipeline_model_parallel_group(),
-    )
-    return total
+    return sum_over_ranks(total)
 
 
 def means(total: Tensor) -> dict[str, float]:
-    """Sums -> the metrics of a step: loss, kept_tokens, MEANS, gate_histogram_*, p_histogram_*.
+    """Sums -> the metrics of a step: loss, kept_tokens, METRICS, gate_histogram_*, p_histogram_*.
 
-    MEANS and the histograms, the share of kept tokens per bin, count a token by its weight. Without
-    a kept token every mean is nan: a 0 would look like a perfect model.
+    METRICS and the histograms, the share of kept tokens per bin, count a token by its weight.
+    Without a kept token every mean is nan: a 0 would look like a perfect model.
     """
     numbers = total[:_STEP_SUMS].tolist()
     values = dict(zip(SUMS, numbers, strict=False))
@@ -109,7 +88,7 @@ def means(total: Tensor) -> dict[str, float]:
     per_token = 1.0 / weight if weight else math.nan
     loss = values["objective"] / values["denominator"] if weight else math.nan
     metrics = {"loss": loss, "kept_tokens": kept}
-    metrics |= {name: values[name] * per_token for name in MEANS}
+    metrics |= {name: values[name] * per_token for name in METRICS}
     counts = iter(numbers[len(SUMS) :])
     for name, bins in HISTOGRAMS.items():
         metrics |= {f"{name}_histogram_{i}": next(counts) * per_token for i in range(bins)}

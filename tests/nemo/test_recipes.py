@@ -9,6 +9,7 @@ import yaml
 from megatron_deft.errors import UserError
 from megatron_deft.integrations.nemo import deft_finetune_recipe
 from megatron_deft.integrations.nemo_settings import MODELS, SETTINGS, find_model
+from megatron_deft.published import MODELS as HUB
 from tests.nemo.conftest import REASON, has_nemo
 
 needs_nemo = pytest.mark.skipif(not has_nemo(), reason=REASON)
@@ -23,39 +24,32 @@ def test_settings_are_those_of_the_examples(path: Path) -> None:
     config = yaml.safe_load(path.read_text())
     optim, train = config["optim"], config["train"]
     assert found.lr == float(optim["lr"])
+    assert found.min_lr == 0
     assert found.weight_decay == float(optim["weight_decay"])
     assert list(found.betas) == optim["betas"]
-    assert (found.warmup_ratio, found.clip_grad) == (optim["warmup_ratio"], optim["clip_grad"])
+    assert found.warmup_steps == int(optim["warmup_ratio"] * found.steps)
+    assert found.clip_grad == optim["clip_grad"]
     assert found.max_length == config["data"]["max_length"]
     assert (found.global_batch, found.micro_batch) == (train["global_batch"], train["micro_batch"])
     assert found.steps == train.get("save_every", found.steps)
 
 
-def test_settings_are_those_of_one_click() -> None:
-    recipes = pytest.importorskip("megatron_deft.one_click.recipes")
-    for dataset, model in PAIRS:
-        recipe = recipes.RECIPES["deft"][dataset]
-        keys = {find_model(key): value for key, value in recipe.models.items()}
-        if model not in keys:
-            assert model == "Qwen3-4B"  # of another release, which has other models there
-            continue
-        values = {**recipe.keys, **keys[model].keys}
-        found = SETTINGS[dataset][model]
-        assert found.lr == values["optim.lr"]
-        assert found.weight_decay == values["optim.weight_decay"]
-        assert found.warmup_ratio == values["optim.warmup_ratio"]
-        assert list(found.betas) == values["optim.betas"]
-        assert found.max_length == values["data.max_length"]
-        assert found.micro_batch == values["train.micro_batch"]
-        assert found.global_batch == values["train.global_batch"]
+def test_settings_of_eaft() -> None:
+    found = SETTINGS["math"]["qwen3-4b"]
+    assert (found.lr, found.min_lr, found.max_length) == (1e-5, 1e-6, 16384)
+    assert (found.global_batch, found.steps, found.warmup_steps) == (64, 1056, 52)
+
+
+def test_every_model_has_settings() -> None:
+    assert {model for models in SETTINGS.values() for model in models} == set(MODELS)
 
 
 def test_names() -> None:
     for name in ("llama-3.1-8b", "meta-llama/Llama-3.1-8B", "LLAMA3.1-8B"):
-        assert find_model(name) == "Llama-3.1-8B"
-    assert find_model("qwen-2.5-math-7b") == "Qwen2.5-Math-7B"
-    assert find_model("deepseek-math-7b-base") == "DeepSeek-Math-7B"
-    with pytest.raises(UserError, match=r"model=gpt2: legal are Qwen2\.5-Math-1\.5B"):
+        assert find_model(name) == "llama-3.1-8b"
+    assert find_model("Qwen2.5-Math-7B") == "qwen-2.5-math-7b"
+    assert find_model("deepseek-math-7b-base") == "deepseek-math-7b"
+    with pytest.raises(UserError, match=r"model=gpt2: legal are qwen-2\.5-math-1\.5b"):
         find_model("gpt2")
 
 
@@ -83,7 +77,7 @@ def test_recipe(dataset: str, model: str) -> None:
     assert recipe.model.config.calculate_per_token_loss is True
     assert recipe.trainer.callbacks[0].objective == "eaft"
     assert getattr(recipe, "peft", None) is None
-    assert recipe.resume.restore_config.path == f"nemo://{MODELS[model].hub}"
+    assert recipe.resume.restore_config.path == f"nemo://{HUB[model]}"
 
 
 @needs_nemo

@@ -18,7 +18,6 @@ import nemo_run as run
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import optimizer
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
@@ -54,21 +53,6 @@ class _NemosCudaMeansCpu(cpu._CudaMeansCpu):
         return super().__torch_function__(func, types, args, kwargs)
 
 
-def _optimizer_of_0_15(make: Callable[..., Any]) -> Callable[..., Any]:
-    """NeMo 2.7.3 passes what megatron-core 0.16 has under another name; here it is not used."""
-
-    def get(*args: Any, **options: Any) -> Any:
-        old = (
-            options.pop("no_weight_decay_cond", None),
-            options.pop("scale_lr_cond", None),
-            options.pop("lr_mult", 1.0),
-        )
-        assert old == (None, None, 1.0)
-        return make(*args, **options)
-
-    return get
-
-
 @contextmanager
 def nemo_on_cpu() -> Iterator[None]:
     """megatron-core and NeMo's training loop on a machine without a GPU."""
@@ -76,11 +60,6 @@ def nemo_on_cpu() -> Iterator[None]:
         patch.setattr(cpu, "_CudaMeansCpu", _NemosCudaMeansCpu)
         # the subclass's method stands between the caller and the one that asks
         patch.setattr(cpu, "_called_from_megatron", lambda: _called_from(2) or _called_from(3))
-        patch.setattr(
-            optimizer,
-            "get_megatron_optimizer",
-            _optimizer_of_0_15(optimizer.get_megatron_optimizer),
-        )
         # the ranks wait by it for the first one's index of the samples
         patch.setattr(torch.cuda, "LongTensor", torch.LongTensor)
         with cpu.cpu_platform():

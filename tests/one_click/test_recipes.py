@@ -8,8 +8,8 @@ import yaml
 
 from megatron_deft.config import RunConfig, load_config
 from megatron_deft.data.prepare.released import MATH, MEDICAL
-from megatron_deft.one_click.recipes import MODELS, RECIPES
 from megatron_deft.one_click.script import Experiment, configuration
+from megatron_deft.published import MODELS, RECIPES
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 CASES = [

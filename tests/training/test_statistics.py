@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_deft import token_loss
+from megatron_deft.loss.metrics import METRICS
 from megatron_deft.training.statistics import (
     HISTOGRAMS,
     LANDSCAPE_BINS,
-    MEANS,
     SUMS,
     landscape,
     means,
@@ -128,7 +128,7 @@ def test_without_a_landscape_nothing_more_is_summed() -> None:
     assert len(short) == len(SUMS) + sum(HISTOGRAMS.values())
     assert torch.equal(long[: len(short)], short)
     assert means(long) == means(short)
-    assert {"loss", "kept_tokens", *MEANS} < set(means(short))
+    assert {"loss", "kept_tokens", *METRICS} < set(means(short))
 
 
 def test_a_sure_token_keeps_its_small_gradient() -> None:

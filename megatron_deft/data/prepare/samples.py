@@ -74,14 +74,15 @@ class Tokeniser:
         Errors: UserError naming the row, for one that cannot be used or is too long, where the
         settings do not say to leave it out.
         """
-        rendered = self._rendered(task, counts)
+        rendered = self.rendered(task, counts)
         while block := list(islice(rendered, _ROWS_AT_ONCE)):
             for row, sample in self._encoded(task, counts, block):
                 fit = self._fitted(task, counts, row, sample)
                 if fit is not None:
                     yield fit
 
-    def _rendered(self, task: Task, counts: Counts) -> Iterator[tuple[int, Rendered]]:
+    def rendered(self, task: Task, counts: Counts) -> Iterator[tuple[int, Rendered]]:
+        """The number and the text of each row that can be used; errors as of `samples`."""
         for row, item in enumerate(read_task(task, self._needed, self._optional)):
             counts.rows = row + 1
             if item is None:
@@ -93,7 +94,7 @@ class Tokeniser:
                 if not all(0 <= weight < math.inf for weight in rendered.weights):  # or NaN
                     raise UserError("a weight is negative or no finite number: give one from 0 on")
             except UserError as error:
-                self._refuse(task, counts, row, error)
+                self.refuse(task, counts, row, error)
             else:
                 yield row, rendered
 
@@ -104,7 +105,7 @@ class Tokeniser:
             samples = encode(self.tokenizer, [rendered for _, rendered in block])
         except UserError as error:
             if len(block) == 1:
-                self._refuse(task, counts, block[0][0], error)
+                self.refuse(task, counts, block[0][0], error)
                 return
             for one in block:  # which of them?
                 yield from self._encoded(task, counts, [one])
@@ -135,7 +136,7 @@ class Tokeniser:
         counts.cut.add(row)
         return Encoded(sample.tokens[:limit], weights[:limit])
 
-    def _refuse(self, task: Task, counts: Counts, row: int, error: UserError) -> None:
+    def refuse(self, task: Task, counts: Counts, row: int, error: UserError) -> None:
         """Count a row that cannot be used. Errors: UserError where the settings say so."""
         if self.settings.bad_rows == "error":
             raise UserError(

@@ -1,5 +1,7 @@
 """The published settings, by recipe, data set and model, under the names of the releases.
 
+`one_click` makes scripts of them, and `integrations.nemo` recipes of NeMo.
+
 Sources: arXiv 2602.11424 and 2510.00526 with their releases (deft), 2508.05629 and its release
 (dft), 2601.02151 and its script for ms-swift (eaft: its data are not published, so the recipe
 trains on ours; the settings of the paper's single domains are not published either).
@@ -20,6 +22,7 @@ MODELS: Mapping[str, str] = {
     "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
     "deepseek-math-7b": "deepseek-ai/deepseek-math-7b-base",
     "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-4b": "Qwen/Qwen3-4B",
 }
 """Released key -> name on the Hub."""
 
@@ -92,6 +95,7 @@ _EAFT: Keys = {
 _MATH_TESTS = (
     "minerva_math.jsonl", "olympiadbench.jsonl", "aime24.jsonl", "amc23.jsonl", "math_oai.jsonl"
 )  # fmt: skip
+_EAFT_MODELS = ("qwen3-0.6b", "qwen3-4b")  # of the script, and of the paper's tables
 _NO_THINKING = "{}_reponse_no_thinking"
 
 RECIPES: Mapping[str, Mapping[str, Recipe]] = {
@@ -144,27 +148,15 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
     },
     "eaft": {
         "math": Recipe(
-            "eaft", "math", {**_MATH, **_EAFT}, {"qwen3-0.6b": _model(1e-5, "qwen-boxed")},
+            "eaft", "math", {**_MATH, **_EAFT},
+            {key: _model(1e-5, "qwen-boxed") for key in _EAFT_MODELS},
             tests=_MATH_TESTS,
         ),
         "medical": Recipe(
             "eaft", "medical", {**_SHORT, **_EAFT},
-            {"qwen3-0.6b": _written(1e-5, "qwen", _NO_THINKING.format("qwen"))},
+            {key: _written(1e-5, "qwen", _NO_THINKING.format("qwen")) for key in _EAFT_MODELS},
             tests=("medical.json",),
         ),
     },
 }  # fmt: skip
 """Recipe -> data set -> settings."""
-
-SMOKE: Keys = {
-    "model.dtype": "fp32", "data.max_length": 800, "train.epochs": None, "train.steps": 2,
-    "train.micro_batch": 1, "train.save_every": None, "train.val_every": None,
-}  # fmt: skip
-"""What --smoke changes in the configuration, beside train.global_batch: one sample a process."""
-
-SMOKE_PREPARE: Mapping[str, tuple[str, ...]] = {
-    "math": ("--limit", "16", "--val-size", "4"),
-    "medical": ("--limit", "16", "--val-size", "4"),
-    "figfont": ("--train-size", "16", "--test-size", "4", "--fonts", "cybermedium"),
-}
-SMOKE_EVALUATE = ("--limit", "2", "--batch-size", "2")

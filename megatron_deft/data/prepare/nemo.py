@@ -1,0 +1,106 @@
+"""Rows as NeMo's FineTuningDataModule reads them: lines of {"input": prompt, "output": answer}.
+
+The prompt is whole, rendered by the chat template, so that NeMo has only to put the two together
+("prompt_template": "{input}{output}", as our recipes have it). It tokenises them apart and adds the
+tokenizer's eos, which therefore is no part of the answer here.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_deft.data.prepare.samples import Counts, Tokeniser
+from megatron_deft.data.prepare.settings import RowSettings, columns_of
+from megatron_deft.data.rows import cut, detect_format, release
+from megatron_deft.data.samples import Rendered
+from megatron_deft.data.templates import name_of
+from megatron_deft.data.tokenizer import load_tokenizer
+from megatron_deft.errors import UserError
+from megatron_deft.files import atomic_folder
+
+SPLITS = ("training", "validation")  # NeMo's names of the files, without .jsonl
+
+
+def write_nemo(
+    out: str | Path,
+    files: Mapping[str, Sequence[str]],
+    tokenizer_folder: str | Path,
+    settings: RowSettings | None = None,
+    *,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, dict[str, int]]:
+    """Write OUT/training.jsonl and OUT/validation.jsonl; the folder appears whole.
+
+    Args:
+        files: of each of SPLITS: parquet, JSONL or JSON files of prompts and responses, or of
+            conversations with one trained turn.
+        tokenizer_folder: a Hugging Face folder; its chat template writes the prompts, unless
+            settings.template or settings.use_original_prompt says otherwise.
+        settings: how rows are read; lengths are NeMo's business.
+        overwrite: replace `out`, which must have a training.jsonl.
+        progress: a bar on stderr, where that is a terminal.
+
+    Returns, of each split, "rows" written and "dropped" (with settings.bad_rows="drop").
+    Errors: UserError for a file or row that cannot be used, named, and when no row is left.
+    """
+    settings = settings or RowSettings()
+    tokenizer = load_tokenizer(tokenizer_folder, settings.template)
+    needs = sum(Path(file).stat().st_size for names in files.values() for file in names)
+    found = {}
+    with atomic_folder(out, overwrite, needs, f"{SPLITS[0]}.jsonl") as folder:
+        for split in SPLITS:
+            counts = Counts()
+            rows = _lines(tokenizer, files[split], settings, counts)
+            with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
+                written = 0
+                for line in tqdm(rows, split, unit=" rows", disable=None if progress else True):
+                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    written += 1
+            if not written:
+                raise UserError(f"{', '.join(files[split])}: no row is left for {split}")
+            dropped = sum(tally.count for tally in counts.dropped.values())
+            found[split] = {"rows": written, "dropped": dropped}
+    return found
+
+
+def _lines(
+    tokenizer: Any, files: Sequence[str], settings: RowSettings, counts: Counts
+) -> Iterator[dict[str, str]]:
+    form = detect_format(settings, files)
+    tokeniser = Tokeniser(tokenizer, settings, form)
+    needed, optional = columns_of(settings, form)
+    try:
+        for task in cut(files, [*needed, *optional], settings.limit):
+            for row, rendered in tokeniser.rendered(task, counts):
+                try:
+                    yield _line(tokenizer, rendered)
+                except UserError as error:
+                    tokeniser.refuse(task, counts, row, error)
+    finally:
+        release()
+
+
+def _line(tokenizer: Any, rendered: Rendered) -> dict[str, str]:
+    prompt, answer = rendered.pieces[:2]
+    if any(rendered.weights[2:]):
+        raise UserError(
+            "the conversation has several trained turns, NeMo learns one answer: set `train: "
+            "false` on all but the last, or train with megatron-deft train"
+        )
+    if rendered.weights[1] != 1:
+        raise UserError(
+            f"the turn has weight {rendered.weights[1]:g}, which NeMo has no place for: leave it "
+            "out, or train with megatron-deft train"
+        )
+    eos = tokenizer.eos_token
+    if not eos or not answer.endswith(eos):
+        raise UserError(
+            f"the turn does not end with {eos!r}, the tokenizer's eos, which is what NeMo ends "
+            f"answers with: take a template for it, or give {name_of(tokenizer)} the template's "
+            "end of turn as its eos_token"
+        )
+    return {"input": prompt, "output": answer.removesuffix(eos)}
