@@ -7,6 +7,7 @@ check that failed, a crash), 2 (a mistake of the user: one line on stderr), 130 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -120,7 +121,7 @@ def _doctor(args: Arguments) -> int:
     from megatron_deft.doctor import examine, healthy, report
 
     findings = examine()
-    print(report(findings))
+    print(json.dumps([f._asdict() for f in findings], indent=2) if args.json else report(findings))
     return 0 if healthy(findings) else 1
 
 
@@ -299,7 +300,7 @@ def build_parser() -> argparse.ArgumentParser:
         "Show what is installed and what is missing. Everything missing is named with its remedy; "
         "exits with 1 when it is something required.",
         "doctor",
-    )  # fmt: skip
+    ).add_argument("--json", action="store_true", help="print a list of objects")  # fmt: skip
     return parser
 
 

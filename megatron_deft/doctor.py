@@ -36,6 +36,10 @@ PACKAGES = (
     Package("tensorboard", "monitor.tensorboard", "pip install tensorboard"),
     Package("wandb", "monitor.wandb", "pip install wandb"),
     Package("reasoning-gym", "prepare figfont", "pip install 'megatron-deft[figfont]'"),
+    Package("datasets", "prepare from the Hub", "pip install 'megatron-deft[hub]'"),
+    Package("math-verify", "evaluate math", "pip install 'megatron-deft[math]'"),
+    Package("lm-eval", "evaluate general", "pip install 'megatron-deft[general]'"),
+    Package("matplotlib", "report", "pip install 'megatron-deft[report]'"),
     Package("vllm", "evaluate --engine vllm", "an environment of its own: pip install vllm"),
 )
 

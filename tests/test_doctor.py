@@ -1,11 +1,13 @@
 """The doctor: what it finds here, and what it says when something is missing."""
 
+import json
 import sys
 from importlib import metadata
 
 import torch
 
 from megatron_deft import doctor
+from megatron_deft.cli import main
 from megatron_deft.doctor import Finding, examine, healthy, report
 
 
@@ -50,3 +52,9 @@ def test_without_torch_it_still_reports(monkeypatch):
 def test_every_row_is_aligned():
     text = report([Finding("a", "1"), Finding("long-name", "2")])
     assert text.splitlines()[:2] == ["a          1", "long-name  2"]
+
+
+def test_as_json(capsys):
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [Finding(**line) for line in found] == examine()

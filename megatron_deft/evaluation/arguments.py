@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from megatron_deft.evaluation.general_arguments import (
     DESCRIPTION,
     EXAMPLE,
     add_general_arguments,
     run_general,
+)
+from megatron_deft.evaluation.shared_arguments import (
+    add_model_arguments,
+    add_output_arguments,
+    names_of,
+    show,
 )
 from megatron_deft.options import add_number
 
@@ -45,16 +49,13 @@ _TASKS = {  # name -> description, example
 
 def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="Hugging Face folders; the first is the base")
+    add_model_arguments(parser)
     add("--data", nargs="+", required=True, metavar="FILE", help="files of questions")
     _add_output_arguments(parser)
-    add("--names", metavar="A,B", help="names in the tables [the folders']")
-    add("--engine", choices=("auto", "transformers", "vllm"), default="auto")
     add(
         "--prompt-type", metavar="NAME",
         help="chat (the tokenizer's template), or a released prompt; a wrong name lists them",
     )  # fmt: skip
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
     add_number(parser, "--limit", None, "first so many questions of each set")
     add_number(parser, "--batch-size", 16, "answers decoded together")
     add_number(parser, "--samples", None, "answers to each question [the task's]")
@@ -65,9 +66,7 @@ def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--out", metavar="PATH", help="folder for results.json and the answers, or a .json file")
-    add("--json", action="store_true", help="print the results as JSON")
+    add_output_arguments(parser, "the answers")
     add_number(parser, "--workers", None, "processes that score [all cores]")
 
 
@@ -79,6 +78,7 @@ def _add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_task(name: str, args: Arguments) -> int:
+    from megatron_deft.evaluation.results import describe
     from megatron_deft.evaluation.run import Choices, evaluate
     from megatron_deft.evaluation.scoring import find_task
 
@@ -89,25 +89,19 @@ def _run_task(name: str, args: Arguments) -> int:
         batch_size=args.batch_size,
         dtype=args.dtype,
     )
-    labels = args.names.split(",") if args.names else None
-    return _show(args, evaluate(
+    results = evaluate(
         find_task(name), args.models, args.data, args.out, choices,
-        names=labels, workers=args.workers,
-    ))  # fmt: skip
+        names=names_of(args), workers=args.workers,
+    )  # fmt: skip
+    return show(args, results, describe)
 
 
 def _run_score(args: Arguments) -> int:
+    from megatron_deft.evaluation.results import describe
     from megatron_deft.evaluation.scoring import score
 
-    found = score(args.files, args.out, workers=args.workers, partial=args.partial)
-    return _show(args, found)
-
-
-def _show(args: Arguments, results: dict[str, Any]) -> int:
-    from megatron_deft.evaluation.results import describe
-
-    print(json.dumps(results, indent=2) if args.json else describe(results))
-    return 0
+    results = score(args.files, args.out, workers=args.workers, partial=args.partial)
+    return show(args, results, describe)
 
 
 # name -> adds its arguments, runs it, description, example

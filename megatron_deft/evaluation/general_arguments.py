@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 
+from megatron_deft.evaluation.shared_arguments import (
+    add_model_arguments,
+    add_output_arguments,
+    names_of,
+    show,
+)
 from megatron_deft.options import add_number
 
 DESCRIPTION = (
@@ -21,17 +26,13 @@ EXAMPLE = (
 def add_general_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `evaluate general`."""
     add = parser.add_argument
-    add("models", nargs="+", metavar="MODEL", help="Hugging Face folders; the first is the base")
+    add_model_arguments(parser)
     add(
         "--tasks", required=True, metavar="A,B",
         help="tasks, groups, tags or patterns of lm-eval (`lm-eval ls tasks`), or YAML files",
     )  # fmt: skip
     add("--include-path", metavar="FOLDER", help="where YAML files of further tasks are")
-    add("--out", metavar="PATH", help="folder for results.json and what a rerun needs, or a file")
-    add("--json", action="store_true", help="print the results as JSON")
-    add("--names", metavar="A,B", help="names in the table [the folders']")
-    add("--engine", choices=("auto", "transformers", "vllm"), default="auto")
-    add("--dtype", choices=("auto", "fp32", "bf16"), default="auto")
+    add_output_arguments(parser, "what a rerun needs")
     add(
         "--apply-chat-template", action="store_true",
         help="ask through the tokenizer's chat template [plain text]",
@@ -54,9 +55,8 @@ def run_general(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         engine=args.engine,
         out=args.out,
-        names=args.names.split(",") if args.names else None,
+        names=names_of(args),
         dtype=args.dtype,
         apply_chat_template=args.apply_chat_template,
     )
-    print(json.dumps(results, indent=2) if args.json else describe(results))
-    return 0
+    return show(args, results, describe)
