@@ -97,6 +97,24 @@ def test_conversion_figures_are_the_committed_measurement() -> None:
         assert f"\n| {line} |" in README, line
 
 
+def test_data_figures_are_the_committed_measurement() -> None:
+    recorded = json.loads((ROOT / "tools" / "bench_results" / "data-cpu.json").read_text())
+    sections = ("tokenising", "loader", "opening", "packing")
+    assert not any(row["wrong"] for name in sections for row in recorded[name])
+    for line in recorded["budgets"]:
+        assert line["met"], line
+        cells = (line["name"], line["where"], line["required"], f"{line['measured']:.3g}")
+        assert f"\n| {' | '.join(cells)} |" in README, cells
+    ratios = ", ".join(f"{row['ratio_command']:.2f}" for row in recorded["tokenising"])
+    assert f"seconds, {ratios})" in README
+    ratios = [
+        one["encode_batch"] / (one["command"] - one["start"])
+        for row in recorded["tokenising"]
+        for one in row["repetitions"]
+    ]
+    assert f"{min(ratios):.2f} to {max(ratios):.2f}." in README
+
+
 def test_links_lead_to_files() -> None:
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target

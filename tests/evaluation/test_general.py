@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import json
 import os
-import random
 import re
 import socket
 import subprocess
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_deft.errors import UserError
@@ -27,18 +25,17 @@ from megatron_deft.evaluation.general import describe, evaluate
 from megatron_deft.evaluation.general_arguments import add_general_arguments, run_general
 from megatron_deft.evaluation.harness import _known
 from megatron_deft.evaluation.statistics import bootstrap
-from tests.evaluation.conftest import WORDS
 from tests.evaluation.general_tasks import (
     CHOICES,
     QUESTIONS,
     choice_task,
-    metric,
     write_task,
     write_tasks,
 )
 
 pytest.importorskip("accelerate")
 TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate", reason="pip install accelerate")
 from megatron_deft.errors import UserError
 from megatron_deft.integrations.transformers import (
-    ObjectiveLoss,
     compute_loss_func,
 )
-from tests.oracle import SPECS, formula, loss_and_grad
+from tests.oracle import SPECS, loss_and_grad
 
 
 def call(spec: str, logits: Tensor, labels: Tensor, items: Any = None, **options: Any) -> Tensor:

@@ -4,12 +4,11 @@ import copy
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 pytest.importorskip("accelerate", reason="pip install accelerate")
 from transformers import (
@@ -29,7 +28,7 @@ from megatron_deft.integrations.transformers import (
 )
 from tests.distributed import run_ranks
 from tests.integrations.test_loss_function import call
-from tests.oracle import SPECS, formula, loss_and_grad
+from tests.oracle import formula
 
 ACCUMULATED = ("nll", "deft", "dft", "eaft", "tsallis(q=0.5)")  # each token on its own
 Rows = list[dict[str, list[int]]]
