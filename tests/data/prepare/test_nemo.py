@@ -108,7 +108,8 @@ def test_a_template_whose_turns_do_not_end_with_eos(tmp_path: Path, tiny_folder:
 
 
 def test_no_row_is_left(tmp_path: Path, tiny_folder: Path) -> None:
-    file, bad = write(tmp_path / "a.jsonl", COLUMNS), write(tmp_path / "b.jsonl", [{"extra_info": None}])
+    file = write(tmp_path / "a.jsonl", COLUMNS)
+    bad = write(tmp_path / "b.jsonl", [{"extra_info": None}])
     files = {"training": [file], "validation": [bad]}
     settings = RowSettings(format="columns", bad_rows="drop")
     with pytest.raises(UserError, match=r"b.jsonl: no row is left for validation"):
