@@ -9,8 +9,8 @@ repetition penalty) to greedy decoding too, and samples a whole batch from one g
 
 import gc
 import importlib.util
-import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -20,21 +20,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from megatron_deft.checkpoint_folder import MANIFEST
+from megatron_deft.data.task import one_line
 from megatron_deft.errors import UserError
+from megatron_deft.evaluation.folder import (
+    check_folder,
+    check_loaded,
+    end_ids,
+    load_tokenizer,
+)
 from megatron_deft.platform import device
 
 logger = logging.getLogger(__name__)
-# What ends a turn or a text in the families we know. Base models often name one of them as eos and
-# are trained to write another, so each that the vocabulary has ends a generation.
-END_TOKENS = (
-    "<|im_end|>",
-    "<|endoftext|>",
-    "<|eot_id|>",
-    "<|end_of_text|>",
-    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (DeepSeek's spelling)
-    "</s>",
-)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _VLLM_DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16"}
 _VLLM_PROMPTS_AT_ONCE = 1024  # it batches by itself; results come back after so many
@@ -52,7 +48,7 @@ class Sampling:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise UserError(f"max_new_tokens={self.max_new_tokens}: at least 1 is needed")
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature={self.temperature}: 0 (greedy) or more is needed")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: more than 0 and at most 1 is needed")
@@ -103,6 +99,7 @@ class TransformersEngine:
 
     def __init__(self, folder: str | Path, batch_size: int = 16, dtype: str = "auto") -> None:
         """Load `folder`; `dtype` "auto" is the stored one on a GPU and fp32 on the CPU."""
+        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         folder = check_folder(folder)
@@ -113,13 +110,15 @@ class TransformersEngine:
         self.tokenizer = load_tokenizer(folder)
         on_gpu = self.device.type == "cuda"
         wanted = DTYPES.get(dtype, "auto" if on_gpu else torch.float32)
-        model: Any
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=wanted, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}: transformers cannot load it: {_line(error)}") from error
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=wanted, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are named below
+            )  # fmt: skip
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"{folder}: transformers cannot load it: {one_line(error)}") from error
+        model, found = loaded
+        check_loaded(folder, found)
         self.model = model.to(self.device).eval()
         known = {value: key for key, value in DTYPES.items()}
         self.dtype = known.get(self.model.dtype, str(self.model.dtype).removeprefix("torch."))
@@ -271,51 +270,6 @@ def engine_name(name: str) -> str:
     return name
 
 
-def check_folder(folder: str | Path) -> Path:
-    """`folder` if it looks like a Hugging Face model. Errors: UserError with what to do."""
-    path = Path(folder)
-    if not path.is_dir():
-        raise UserError(
-            f"{path}: no such folder: name a Hugging Face folder "
-            "(`hf download NAME --local-dir FOLDER` fetches one)"
-        )
-    if (path / MANIFEST).exists() or (path / "checkpoints").is_dir():
-        raise UserError(
-            f"{path} holds Megatron weights: run `megatron-deft convert export {path} HF_FOLDER` "
-            "and evaluate HF_FOLDER"
-        )
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path}: no config.json in it: name a whole Hugging Face model folder")
-    return path
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a model folder. Errors: UserError when there is none that loads."""
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers 4 raises AttributeError for a missing file
-        raise UserError(
-            f"{folder}: its tokenizer does not load ({_line(error)}): copy the base model's "
-            "tokenizer files into it"
-        ) from error
-
-
-def end_ids(tokenizer: Any, folder: Path) -> frozenset[int]:
-    """Ids that end a generation: every eos of the folder and the tokenizer, and END_TOKENS."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    for name in ("config.json", "generation_config.json"):
-        file = folder / name
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        eos = config.get("eos_token_id")
-        ids |= {eos} if isinstance(eos, int) else set(eos or [])
-    return frozenset(ids)
-
-
 def _chooser(sampling: Sampling, streams: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """A function from logits fp32 [b, v] to the chosen tokens int64 [b]."""
     if sampling.temperature == 0:
@@ -391,7 +345,3 @@ def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -112,18 +112,25 @@ def _column(path: Path) -> str:
 
 def _question(where: str, column: str, value: Any) -> Question:
     if column == "messages":
-        messages = [dict(message) for message in value or []]
-        if not messages or messages[-1].get("role") != "assistant":
+        messages = value if isinstance(value, list) else []
+        if not all(isinstance(m, dict) and _has_texts(m, "role", "content") for m in messages):
+            raise UserError(f"{where}: messages must be objects of the texts role and content")
+        if not messages or messages[-1]["role"] != "assistant":
             raise UserError(f"{where}: messages must end with the assistant's answer")
         asked = [message["content"] for message in messages if message["role"] == "user"]
         answer = messages[-1]["content"]
         return _asked(messages[:-1], asked[-1] if asked else "", answer)
-    question, answer = (value or {}).get("question"), (value or {}).get("answer")
+    value = value if isinstance(value, dict) else {}
+    question, answer = value.get("question"), value.get("answer")
     if not isinstance(question, str) or not isinstance(answer, str):
         raise UserError(f"{where}: extra_info must hold the texts question and answer")
     turns = {"system": SYSTEM, "user": question}
     messages = [{"role": role, "content": text} for role, text in turns.items()]
     return _asked(messages, question, answer)
+
+
+def _has_texts(value: Mapping[str, Any], *keys: str) -> bool:
+    return all(isinstance(value.get(key), str) for key in keys)
 
 
 def _asked(messages: Sequence[Mapping[str, Any]], text: str, answer: str) -> Question:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_deft.errors import UserError
-from megatron_deft.evaluation.engines import check_folder, engine_name, load_tokenizer
+from megatron_deft.evaluation.engines import engine_name
+from megatron_deft.evaluation.folder import check_folder, load_tokenizer
 from megatron_deft.evaluation.harness import (
     DTYPES,
     TaskSet,
@@ -27,7 +28,7 @@ from megatron_deft.evaluation.harness import (
     load_tasks,
     measure,
 )
-from megatron_deft.evaluation.log import labels_of, model_identity
+from megatron_deft.evaluation.log import labels_of, model_identity, set_aside
 from megatron_deft.evaluation.results import format_table, machine, versions
 from megatron_deft.evaluation.scoring import results_path
 from megatron_deft.evaluation.statistics import Interval, bootstrap
@@ -100,7 +101,7 @@ def evaluate(
     }
     if apply_chat_template:
         _check_templates(folders)
-    target = results_path(out)
+    target = results_path(out, "general")
     _say(progress, f"lm-eval: loading {', '.join(tasks)}")
     with calm(progress):
         sets, fixed = load_tasks(tasks, include_path, num_fewshot, limit)
@@ -186,7 +187,8 @@ def _kept(file: Path | None, header: Mapping[str, Any], progress: bool) -> dict[
         raise UserError(f"{file}: not a file of general scores: remove it")
     changed = [key for key in header if found.get(key) != header[key]]
     if changed:
-        _say(progress, f"{file}: begun anew, since {', '.join(changed)} changed")
+        why = f"since {', '.join(changed)} changed"
+        _say(progress, f"{file}: begun anew, {why}; what it held is in {set_aside(file)}")
         return {}
     return dict(found["tasks"])
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from megatron_deft.data.templates import check_marks, renderer
+from megatron_deft.data.templates import check_marks, name_of, renderer
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation.task import Question, Task
 
@@ -28,6 +28,11 @@ def render_prompt(tokenizer: Any, question: Question, template: str | None) -> s
     Errors: UserError without a chat template, and where it refuses the conversation.
     """
     if template is None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"tokenizer {name_of(tokenizer)} has no chat template, as base models have none: "
+                "pass the --prompt-type of its family (a wrong name lists them)"
+            )
         return renderer(tokenizer, None)(question.messages, True)
     return template.replace(QUESTION, question.text)
 

@@ -14,11 +14,10 @@ from megatron_deft.errors import UserError
 from megatron_deft.evaluation.engines import (
     Engine,
     Sampling,
-    check_folder,
     engine_name,
-    load_tokenizer,
     make_engine,
 )
+from megatron_deft.evaluation.folder import check_folder, load_tokenizer
 from megatron_deft.evaluation.log import GenerationLog, Key, labels_of, log_path, model_identity
 from megatron_deft.evaluation.prompts import check_prompt, render_prompt, template_of
 from megatron_deft.evaluation.scoring import Answers, results_path, score_answers
@@ -85,7 +84,7 @@ def evaluate(
         "prompt_type": prompt_type,
         **asdict(sampling),
     }
-    target = results_path(out)
+    target = results_path(out, task.name)
     task.score([], 1)  # a package that scoring lacks is told before anything is generated
     for folder in folders:  # a prompt that does not fit fails before any weight is loaded
         tokenizer = load_tokenizer(folder)
@@ -95,11 +94,13 @@ def evaluate(
     found = {}
     for label, folder in zip(labels, folders, strict=True):
         header = {"task": task.name, "model": model_identity(folder), "data": digest, **settings}
-        plan = {"path": str(folder), "data": files, "samples": samples, "questions": len(wanted)}
+        plan = {"path": str(folder), "data": files, "samples": samples, "questions": wanted}
         file = log_path(target.parent, label) if target else None
         log = GenerationLog(file, header, plan)
         if log.changed and progress:
-            print(f"{file}: begun anew, since {', '.join(log.changed)} changed", file=sys.stderr)
+            kept = f"; what it held is in {log.old}" if log.old else ""
+            why = f"since {', '.join(log.changed)} changed{kept}"
+            print(f"{file}: begun anew, {why}", file=sys.stderr)
         todo = [(i, s) for i in wanted for s in range(samples) if (i, s) not in log.records]
         if todo:
             loaded = make_engine(choices.engine, folder, choices.batch_size, choices.dtype)

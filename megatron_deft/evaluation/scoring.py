@@ -20,11 +20,22 @@ from megatron_deft.evaluation.results import (
     versions,
 )
 from megatron_deft.evaluation.task import Record, Task
-from megatron_deft.files import atomic_write
+from megatron_deft.files import atomic_write, read_json
 from megatron_deft.processes import available_cores
 
 TASKS = ("math", "medical", "figfont")
 _HEADER = ("task", "model", "data")  # what stands in a log's header beside the settings
+_FIELDS = {  # of what is read of a log
+    "header": {
+        "task": str, "model": str, "data": str, "prompt_type": str, "max_new_tokens": int,
+        "temperature": float, "top_p": float, "plan": dict,
+    },
+    "plan": {"path": str, "data": list, "samples": int, "questions": list},
+    "answer": {
+        "index": int, "sample": int, "set": str, "gold": dict, "output": str, "tokens": int,
+        "finished": bool,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +55,23 @@ def find_task(name: str) -> Task:
     return task
 
 
-def results_path(out: str | Path | None) -> Path | None:
-    """Where the results go: `out`, or results.json in it."""
+def results_path(out: str | Path | None, task: str) -> Path | None:
+    """Where the results of a task go: `out`, or results.json in it.
+
+    Errors: UserError where there is something else than results of this task already.
+    """
     if out is None:
         return None
-    return Path(out) if Path(out).suffix == ".json" else Path(out) / "results.json"
+    path = Path(out) if Path(out).suffix == ".json" else Path(out) / "results.json"
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name another --out")
+    if path.exists():
+        found = read_json(path, f"{path}: no such file", "name another --out")
+        other = found.get("task") if isinstance(found, dict) else None
+        if other != task:
+            what = f"results of {other}" if other else "something else"
+            raise UserError(f"{path} holds {what}, not of {task}: name another --out")
+    return path
 
 
 def score(
@@ -75,10 +98,12 @@ def score(
     for file in map(Path, files):
         if not file.is_file():
             raise UserError(f"{file}: no such file: `evaluate --out` writes generations_NAME.jsonl")
-        header, records = read_log(file)
-        plan = header.pop("plan", None)
-        if not plan:
-            raise UserError(f"{file}: not a file of generations: name one that `evaluate` wrote")
+        header, records = read_log(file, "name one that `evaluate` wrote")
+        _check(file, "header", header)
+        plan = header.pop("plan")
+        _check(file, "plan", plan)
+        for record in records.values():
+            _check(file, "answer", record)
         rows = _whole_questions(file, plan, records, partial)
         indices.append(set(rows))
         label = label_of(file)
@@ -99,24 +124,34 @@ def score(
         label: replace(a, questions=[r[:samples] for r in a.questions if r[0]["index"] in common])
         for label, a in found.items()
     }
-    task = find_task(str(first.header.get("task")))
-    return score_answers(task, found, sources, workers, results_path(out))
+    task = find_task(first.header["task"])
+    return score_answers(task, found, sources, workers, results_path(out, task.name))
+
+
+def _check(file: Path, what: str, found: Mapping[str, Any]) -> None:
+    """Errors: UserError where a part of a log lacks what `evaluate` writes."""
+    wrong = [name for name, kind in _FIELDS[what].items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        raise UserError(
+            f"{file}: not a file of generations (its {what} has no right "
+            f"{', '.join(wrong)}): name one that `evaluate` wrote"
+        )
 
 
 def _whole_questions(
     file: Path, plan: Mapping[str, Any], records: Mapping[Key, Record], partial: bool
 ) -> dict[int, list[Record]]:
-    """Question -> its answers, of those that have all."""
-    samples = int(plan["samples"])
+    """Question -> its answers, of the planned ones that have all."""
+    samples, wanted = plan["samples"], plan["questions"]
     rows = {
         index: [records[index, s] for s in range(samples) if (index, s) in records]
-        for index in {index for index, _ in records}
+        for index in wanted
     }
     rows = {index: row for index, row in rows.items() if len(row) == samples}
-    missing = int(plan["questions"]) - len(rows)
+    missing = len(wanted) - len(rows)
     if missing > 0 and not partial:
         raise UserError(
-            f"{file}: {missing} of {plan['questions']} questions are not answered: run the same "
+            f"{file}: {missing} of {len(wanted)} questions are not answered: run the same "
             "`evaluate` again, it goes on; or pass --partial to score the others"
         )
     return rows
@@ -130,6 +165,8 @@ def score_answers(
     target: Path | None,
 ) -> dict[str, Any]:
     """What results.json holds, which is written to `target`."""
+    if workers is not None and workers < 1:
+        raise UserError(f"workers={workers}: at least 1 is needed")
     flat = [record for answers in found.values() for row in answers.questions for record in row]
     scored = iter(task.score(flat, workers or available_cores()))
     values, metrics = {}, dict(task.metrics)

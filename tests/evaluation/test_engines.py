@@ -3,6 +3,7 @@ against a stand-in that checks what it is given.
 """
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from megatron_deft.errors import UserError
@@ -21,10 +23,10 @@ from megatron_deft.evaluation.engines import (
     Generation,
     Sampling,
     TransformersEngine,
-    end_ids,
     engine_name,
     make_engine,
 )
+from megatron_deft.evaluation.folder import end_ids
 
 LENGTHS = (3, 40, 1, 17, 8, 40, 2)
 PROMPTS = [[3 + (7 * i + 11 * j) % 250 for j in range(n)] for i, n in enumerate(LENGTHS)]
@@ -174,6 +176,7 @@ def test_prompts_without_any_room_are_refused_before_any_work(engine: Transforme
         (lambda folder: (folder / "megatron_deft.json").write_text("{}"), "convert export"),
         (lambda folder: (folder / "checkpoints").mkdir(), "convert export"),
         (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not readable"),
         (lambda folder: (folder / "model.safetensors").unlink(), "cannot load it"),
         (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer does not load"),
     ],
@@ -266,3 +269,21 @@ def test_auto_takes_vllm_on_a_gpu_alone(vllm: Any, monkeypatch: pytest.MonkeyPat
     for kind, name in (("cuda", "vllm"), ("cpu", "transformers")):
         monkeypatch.setattr(engines, "device", lambda kind=kind: torch.device(kind))
         assert engine_name("auto") == name
+
+
+def test_a_model_that_is_not_whole(model: Path, tmp_path: Path) -> None:
+    """transformers would draw what is missing, and answer all the same."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(name for name in tensors if "down_proj" in name)
+    save_file({k: v for k, v in tensors.items() if k != name}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=f"has no tensor {re.escape(name)}, which its config.json"):
+        TransformersEngine(folder)
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, weights, {"format": "pt"})
+    with pytest.raises(UserError, match=f"another size of tensor {re.escape(name)}, which"):
+        TransformersEngine(folder)
+    whole = (model / "model.safetensors").read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="transformers cannot load it"):
+        TransformersEngine(folder)

@@ -151,6 +151,7 @@ def table(path: Path, **columns: Any) -> Path:
 
 
 USER = {"role": "user", "content": "q"}
+ANSWER = {"role": "assistant", "content": "a"}
 
 
 @pytest.mark.parametrize(
@@ -158,7 +159,13 @@ USER = {"role": "user", "content": "q"}
     [
         ({"text": ["a"]}, "no column messages or extra_info, it has text"),
         ({"messages": [[USER]]}, "row 0: messages must end with the assistant"),
+        ({"messages": [[{"role": "user"}, ANSWER]]}, "row 0: messages must be objects of"),
+        ({"messages": [[{"content": "q"}, ANSWER]]}, "row 0: messages must be objects of"),
+        ({"messages": [[USER, {**ANSWER, "content": None}]]}, "row 0: messages must be objects of"),
+        ({"messages": [["q", "a"]]}, "row 0: messages must be objects of"),
+        ({"messages": ["q"]}, "row 0: messages must end"),
         ({"extra_info": [{"question": "q"}]}, "row 0: extra_info must hold"),
+        ({"extra_info": ["q"]}, "row 0: extra_info must hold"),
         ({"extra_info": pa.array([], pa.string())}, "has no rows"),
     ],
 )

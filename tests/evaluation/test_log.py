@@ -1,5 +1,6 @@
 """The file of answers: continued, begun anew, refused."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,30 @@ def test_model_identity_follows_the_weights(tmp_path: Path) -> None:
     before = model_identity(tmp_path)
     (tmp_path / "notes.txt").write_text("no part of the model")
     assert model_identity(tmp_path) == before
-    (tmp_path / "model.safetensors").write_bytes(b"22")
+    os.utime(tmp_path / "model.safetensors", (1, 1))  # as in a copy
+    assert model_identity(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"2")
+    os.utime(tmp_path / "model.safetensors", (1, 1))
     assert model_identity(tmp_path) != before
+
+
+def test_answers_are_set_aside_before_others_come(tmp_path: Path) -> None:
+    file = log_path(tmp_path, "base")
+    for seed in range(3):
+        log = GenerationLog(file, {"seed": seed})
+        log.add({"index": seed, "sample": 0})
+        GenerationLog(file, {"seed": seed})  # continued: nothing is set aside
+    assert log.old == tmp_path / "generations_base.old-2.jsonl"
+    kept = [tmp_path / f"generations_base.old-{n}.jsonl" for n in (1, 2)]
+    assert [list(read_log(path, "")[1]) for path in [*kept, file]] == [[(n, 0)] for n in range(3)]
+    GenerationLog(file, {"seed": 3})
+    assert GenerationLog(file, {"seed": 4}).old is None  # there was no answer
 
 
 def test_the_plan_may_change(tmp_path: Path) -> None:
     file = log_path(tmp_path, "base")
     GenerationLog(file, {"model": "a"}, {"samples": 1}).add({"index": 0, "sample": 0})
     assert GenerationLog(file, {"model": "a"}, {"samples": 2}).records
-    header, records = read_log(file)
+    header, records = read_log(file, "")
     assert (header, list(records)) == ({"model": "a", "plan": {"samples": 2}}, [(0, 0)])
     assert label_of(file) == "base"

@@ -253,6 +253,57 @@ def test_answers_are_scored_again_without_a_model(
     assert "81.8" in capsys.readouterr().out  # 9 of 11
 
 
+def test_questions_that_are_not_asked_any_more_are_not_scored(
+    readers: Callable[..., list[Reader]], model: Path, messages_file: Path, tmp_path: Path
+) -> None:
+    readers((set(),))
+    evaluate([model], messages_file, tmp_path, limit=6)
+    results = evaluate([model], messages_file, tmp_path, limit=2)
+    assert score([tmp_path / "generations_first.jsonl"]) == results
+    assert results["data"]["samples"] == 2
+
+
+def test_results_of_another_task_are_not_replaced(
+    readers: Callable[..., list[Reader]], model: Path, messages_file: Path, tmp_path: Path
+) -> None:
+    readers()  # nothing may be asked before
+    target = tmp_path / "results.json"
+    for content, message in (
+        ('{"task": "medical"}', "holds results of medical, not of figfont: name another --out"),
+        ("[1]", "holds something else"),
+        ("no", "name another --out"),
+    ):
+        target.write_text(content)
+        with pytest.raises(UserError, match=message):
+            evaluate([model], messages_file, tmp_path)
+        assert target.read_text() == content
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match="is a folder"):
+        evaluate([model], messages_file, tmp_path / "folder.json")
+
+
+def test_damaged_answers_are_named(
+    readers: Callable[..., list[Reader]], model: Path, messages_file: Path, tmp_path: Path
+) -> None:
+    readers((set(),))
+    evaluate([model], messages_file, tmp_path)
+    file = tmp_path / "generations_first.jsonl"
+    header, first, *rest = map(json.loads, file.read_text().splitlines())
+    plan = header["plan"]
+    for lines, message in (
+        ([{**header, "plan": {**plan, "path": None}}, first], "its plan has no right path"),
+        ([{**header, "plan": {**plan, "samples": "1"}}, first], "its plan has no right samples"),
+        ([{**header, "plan": 3}, first], "its header has no right plan"),
+        ([{k: v for k, v in header.items() if k != "data"}, first], "no right data"),
+        ([header, {**first, "output": None}], "its answer has no right output"),
+        ([header, {**first, "gold": 3}], "its answer has no right gold"),
+        ([header, {k: v for k, v in first.items() if k != "finished"}], "no right finished"),
+    ):
+        file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *rest]))
+        with pytest.raises(UserError, match=f"{message}.*name one that `evaluate` wrote"):
+            score([file])
+
+
 def test_an_unfinished_file_is_scored_only_where_asked_for(
     readers: Callable[..., list[Reader]],
     model: Path,
@@ -298,6 +349,8 @@ def test_bad_options(model: Path, messages_file: Path, tmp_path: Path) -> None:
         ({"names": ["a/b"]}, "letters, digits"),
         ({"models": [model, model]}, "two models share a name"),
         ({"limit": 0}, "limit=0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
         ({"prompt_type": "alpaca"}, "prompt_type=alpaca: one of chat, qwen_prompt"),
         ({"prompt_type": "llama_prompt"}, "no single token of tokenizer.*prompt-type"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
