@@ -92,6 +92,27 @@ class Engine(Protocol):
         ...
 
 
+def load_model(folder: Path, dtype: str) -> Any:
+    """transformers' model of a folder, on the device; `dtype` as of TransformersEngine.
+
+    Errors: UserError where it cannot be loaded whole.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    automatic = "auto" if device().type == "cuda" else torch.float32
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES.get(dtype, automatic), local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,  # they are named below
+        )  # fmt: skip
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"{folder}: transformers cannot load it: {one_line(error)}") from error
+    model, found = loaded
+    check_loaded(folder, found)
+    return model.to(device()).eval()
+
+
 class TransformersEngine:
     """Batched decoding with a KV cache; prompts are padded on the left."""
 
@@ -99,27 +120,13 @@ class TransformersEngine:
 
     def __init__(self, folder: str | Path, batch_size: int = 16, dtype: str = "auto") -> None:
         """Load `folder`; `dtype` "auto" is the stored one on a GPU and fp32 on the CPU."""
-        from safetensors import SafetensorError
-        from transformers import AutoModelForCausalLM
-
         folder = check_folder(folder)
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: at least 1 is needed")
         self.device = device()
         self.batch_size = batch_size
         self.tokenizer = load_tokenizer(folder)
-        on_gpu = self.device.type == "cuda"
-        wanted = DTYPES.get(dtype, "auto" if on_gpu else torch.float32)
-        try:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=wanted, local_files_only=True, output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are named below
-            )  # fmt: skip
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"{folder}: transformers cannot load it: {one_line(error)}") from error
-        model, found = loaded
-        check_loaded(folder, found)
-        self.model = model.to(self.device).eval()
+        self.model = load_model(folder, dtype)
         known = {value: key for key, value in DTYPES.items()}
         self.dtype = known.get(self.model.dtype, str(self.model.dtype).removeprefix("torch."))
         self.ends = end_ids(self.tokenizer, folder)

@@ -29,8 +29,9 @@ import torch
 import yaml
 
 from megatron_deft.errors import UserError
+from megatron_deft.evaluation import engines
 from megatron_deft.evaluation.engines import engine_name
-from megatron_deft.platform import device
+from megatron_deft.evaluation.folder import load_tokenizer
 
 # What is taken as a task's main metric where it has it, in this order; else the first it has.
 MAIN_METRICS = ("acc_norm", "acc", "exact_match")
@@ -134,14 +135,15 @@ def load_model(engine: str, folder: Path, batch_size: int, dtype: str) -> Any:
     """
     from lm_eval.api.registry import get_model
 
-    where = str(folder.resolve())  # a relative one could be a name on the Hub, and be looked up
     kind = engine_name(engine)
-    automatic = "auto" if kind == "vllm" or device().type == "cuda" else "float32"
-    options: dict[str, Any] = {"dtype": DTYPES.get(dtype, automatic)}
     if kind == "transformers":
-        options |= {"batch_size": batch_size, "device": str(device())}
-    else:
-        options |= {"batch_size": "auto", "seed": _SEED}
+        model = engines.load_model(folder, dtype)
+        tokenizer = load_tokenizer(folder)
+        return get_model(_MODELS[kind])(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"
+        )
+    where = str(folder.resolve())  # a relative one could be a name on the Hub, and be looked up
+    options = {"dtype": DTYPES.get(dtype, "auto"), "batch_size": "auto", "seed": _SEED}
     try:
         return get_model(_MODELS[kind])(pretrained=where, **options)
     except ModuleNotFoundError as error:
