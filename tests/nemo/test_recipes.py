@@ -73,11 +73,15 @@ def test_recipe(dataset: str, model: str) -> None:
     assert recipe.optim.config.weight_decay == settings.weight_decay
     assert recipe.trainer.max_steps == settings.steps
     assert recipe.trainer.devices == 2
+    assert recipe.trainer.strategy.ckpt_async_save is False
     assert recipe.data.seq_length == recipe.model.config.seq_length == settings.max_length
     assert recipe.model.config.calculate_per_token_loss is True
     assert recipe.trainer.callbacks[0].objective == "eaft"
     assert getattr(recipe, "peft", None) is None
     assert recipe.resume.restore_config.path == f"nemo://{HUB[model]}"
+    assert recipe.data.dataset_kwargs == {
+        "prompt_template": "{input}{output}", "truncation_field": "output", "add_eos": False
+    }  # fmt: skip
 
 
 @needs_nemo
@@ -112,6 +116,7 @@ def test_given_recipe() -> None:
     assert "calculate_per_token_loss" not in base.model.config.__arguments__
     assert recipe.optim.config.lr == base.optim.config.lr
     assert recipe.peft == base.peft
+    assert "ckpt_async_save" not in recipe.trainer.strategy.__arguments__
     assert recipe.trainer.callbacks[0].objective == "dft"
     again = deft_finetune_recipe(recipe, "eaft", reduction="micro_batch")
     assert [c for c in again.trainer.callbacks if hasattr(c, "objective")] == [
