@@ -150,7 +150,9 @@ def _check_strategy(strategy: Any) -> None:
             "nemo.lightning.MegatronStrategy"
         )
     if strategy.async_save and not dist_ckpt_io.HAVE_MEGATRON_CORE:
-        # NeMo would say after the first step that it does not find megatron-core
+        # NeMo would say after the first step that it does not find megatron-core; and again while
+        # Lightning tears the run down, in place of what is said here
+        strategy.async_save = False
         raise UserError(
             "ckpt_async_save=True: NeMo's asynchronous saving imports what megatron-core 0.16 no "
             "longer has: set trainer.strategy.ckpt_async_save=False"

@@ -39,13 +39,13 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 
 def write_data(folder: Path, samples: int = 16) -> Path:
-    """Files of samples whose answers have from one to a dozen words."""
+    """Files of samples whose answers have from one to a dozen words, all the same."""
     folder.mkdir()
     draw = random.Random(3)
     for split in ("training", "validation"):
         lines = []
         for i in range(samples):
-            answer = " ".join(str(2 * i) for _ in range(draw.randint(1, 12)))
+            answer = " ".join(str(i % 10) for _ in range(draw.randint(1, 12)))
             line = {"input": f"what is {i} plus {i}?\n", "output": f"{answer}<|im_end|>"}
             lines.append(json.dumps(line))
         (folder / f"{split}.jsonl").write_text("\n".join(lines) + "\n")

@@ -153,17 +153,19 @@ class Witness(pl.Callback):
 
 
 def _draw(module: Any) -> None:
-    """Weights, whose memory nobody has written to; sure of some tokens, and wrongly of most."""
+    """Weights, whose memory nobody has written to; they expect the last word once more."""
     tensor = parallel_state.get_tensor_model_parallel_rank()
-    pipeline = parallel_state.get_pipeline_model_parallel_rank()
-    shared, own = (
-        torch.Generator().manual_seed(5 + 10 * pipeline + extra) for extra in (0, 1 + tensor)
-    )
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    seeds = {"words": 100 + tensor, "split": 10 + 2 * stage + tensor, "shared": stage}
+    draws = {kind: torch.Generator().manual_seed(seed) for kind, seed in seeds.items()}
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             is_split = getattr(parameter, "tensor_model_parallel", False)
-            noise = torch.randn(parameter.shape, generator=own if is_split else shared)
-            scale = 3.0 if "output_layer" in name else 1.0
+            kind, scale = "split" if is_split else "shared", 1.0
+            if "word_embeddings" in name or "output_layer" in name:
+                kind, scale = "words", 3.0
+                draws[kind].manual_seed(seeds[kind])  # the same for both
+            noise = torch.randn(parameter.shape, generator=draws[kind])
             wide = parameter.ndim == 2
             parameter.copy_(scale * noise / parameter.shape[1] ** 0.5 if wide else 1 + 0.2 * noise)
 

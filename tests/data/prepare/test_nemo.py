@@ -17,6 +17,7 @@ from tests.data.files import chat, write
 from tests.data.prepare.sets import hidden
 
 COLUMNS = [{"extra_info": {"question": f"what is {n}?", "answer": f"it is {n}"}} for n in range(7)]
+NO_ANSWER = {"extra_info": {"question": "why?", "answer": None}}
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -120,7 +121,7 @@ def test_a_written_prompt_that_ends_with_a_space(tmp_path: Path, tiny_folder: Pa
 
 
 def test_no_row_is_left(tmp_path: Path, tiny_folder: Path) -> None:
-    file, bad = write(tmp_path / "a.jsonl", COLUMNS), write(tmp_path / "b.jsonl", ["{"])
+    file, bad = write(tmp_path / "a.jsonl", COLUMNS), write(tmp_path / "b.jsonl", [NO_ANSWER])
     files = {"training": [file], "validation": [bad]}
     settings = RowSettings(format="columns", bad_rows="drop")
     with pytest.raises(UserError, match=r"b.jsonl: no row is left for validation"):
