@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from nemo.collections.llm.peft import lora
+from nemo.collections.llm.peft import lora, utils
 from nemo.lightning.io import pl
 
 from megatron_deft.platform import cpu
@@ -44,5 +44,6 @@ def nemo_on_cpu() -> Iterator[None]:
         patch.setattr(pl, "_fix_tensors_device", lambda checkpoint: checkpoint)
         if not lora.HAVE_TE:  # LoRA asks every layer whether it is TransformerEngine's
             patch.setattr(lora, "te", SimpleNamespace(Linear=None))
+            patch.setattr(utils, "HAVE_TE", False)  # megatron-core has the names without it
         with cpu.cpu_platform():
             yield
