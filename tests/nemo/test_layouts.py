@@ -1,7 +1,9 @@
 """Two ranks in every layout: gradients and metrics are still those of the formulas."""
 
+import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,15 @@ from tests.nemo.conftest import REASON, has_nemo
 
 pytestmark = pytest.mark.skipif(not has_nemo(), reason=REASON)
 NAMES = ("data", "micro_batch", "tensor", "pipeline")
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine that nobody listens on."""
+    with ExitStack() as stack:
+        found = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in found:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in found]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +33,7 @@ def trained(
     result = subprocess.run(
         [
             *command, "--nproc-per-node=2", "-m", "tests.nemo.training", folder, data, tokenizer,
-            *NAMES,
+            *(f"{name}={port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)),
         ],
         cwd=Path(__file__).parents[2],
         capture_output=True,

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +122,21 @@ def train_layout(name: str, data: Path, tokenizer: Path, logs: Path) -> None:
     train_and_check(base, "OnlyTopP-0.1", reduction)
 
 
-def main(folder: Path, data: Path, tokenizer: Path, names: list[str]) -> None:
-    """Train in each layout and leave FOLDER/LAYOUT-RANK behind where it went as it should."""
-    for attempt, name in enumerate(names):
+def main(
+    folder: Path, data: Path, tokenizer: Path, names: Iterable[str], ports: Iterable[str]
+) -> None:
+    """Train in each layout and leave FOLDER/LAYOUT-RANK behind where it went as it should.
+
+    ports: a free one of this machine for each layout
+    """
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+    for name, port in zip(names, ports, strict=True):
         # every layout makes its process groups anew: their keys must not meet old ones
-        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
+        os.environ["MASTER_PORT"] = port
         train_layout(name, data, tokenizer, folder / "logs" / name)
         (folder / f"{name}-{os.environ['RANK']}").touch()
 
 
 if __name__ == "__main__":
-    main(*(Path(argument) for argument in sys.argv[1:4]), sys.argv[4:])
+    layouts = [argument.split("=") for argument in sys.argv[4:]]
+    main(*(Path(argument) for argument in sys.argv[1:4]), *zip(*layouts, strict=True))
