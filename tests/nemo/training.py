@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 import nemo_run as run
 import torch
 from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig
 from nemo import lightning as nl
 from nemo.collections import llm
@@ -99,6 +100,7 @@ def finetune(recipe: Any, *callbacks: pl.Callback) -> None:
             task()
         finally:
             teardown(trainer, task.keywords["model"])
+            destroy_num_microbatches_calculator()
 
 
 def train_and_check(base: Any, spec: str, reduction: str = "token") -> Witness:
