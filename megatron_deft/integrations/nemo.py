@@ -217,4 +217,6 @@ def _apply(recipe: Any, settings: Settings, data_dir: str) -> None:
     recipe.trainer.max_steps = settings.steps
     # validated and kept at the end, which is what is published
     recipe.trainer.val_check_interval = settings.steps
+    # of all steps: Lightning refuses an interval longer than what is left when a run is resumed
+    recipe.trainer.check_val_every_n_epoch = None
     recipe.log.ckpt.every_n_train_steps = settings.steps

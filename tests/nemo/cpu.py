@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nemo.collections.llm.peft import lora, utils
+from nemo.lightning import nemo_logger
 from nemo.lightning.io import pl
 
 from megatron_deft.platform import cpu
@@ -45,5 +46,7 @@ def nemo_on_cpu() -> Iterator[None]:
         if not lora.HAVE_TE:  # LoRA asks every layer whether it is TransformerEngine's
             patch.setattr(lora, "te", SimpleNamespace(Linear=None))
             patch.setattr(utils, "HAVE_TE", False)  # megatron-core has the names without it
+        if not nemo_logger.HAVE_RES:  # whose callback it looks for beside every ModelCheckpoint
+            patch.setattr(nemo_logger, "lcp", SimpleNamespace(LocalCheckpointCallback=()))
         with cpu.cpu_platform():
             yield

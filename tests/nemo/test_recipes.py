@@ -72,6 +72,8 @@ def test_recipe(dataset: str, model: str) -> None:
     assert recipe.optim.config.lr == settings.lr
     assert recipe.optim.config.weight_decay == settings.weight_decay
     assert recipe.trainer.max_steps == settings.steps
+    assert recipe.trainer.val_check_interval == settings.steps
+    assert recipe.trainer.check_val_every_n_epoch is None
     assert recipe.trainer.devices == 2
     assert recipe.trainer.strategy.ckpt_async_save is False
     assert recipe.data.seq_length == recipe.model.config.seq_length == settings.max_length

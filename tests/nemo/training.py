@@ -29,7 +29,7 @@ from megatron_deft.integrations.nemo import deft_finetune_recipe
 from megatron_deft.integrations.nemo_settings import DATASET_KWARGS
 from tests.nemo.cpu import nemo_on_cpu
 from tests.nemo.real import SIZES
-from tests.nemo.witness import VOCAB, Witness
+from tests.nemo.witness import Witness
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "data": {},
@@ -62,7 +62,7 @@ def tiny_recipe(data: Path, tokenizer: Path, logs: Path, steps: int = 2) -> Any:
     return run.Partial(
         llm.finetune,
         model=run.Config(
-            llm.LlamaModel, config=run.Config(llm.LlamaConfig, **SIZES, vocab_size=384)
+            llm.LlamaModel, config=run.Config(llm.LlamaConfig, **SIZES)
         ),
         trainer=run.Config(
             nl.Trainer, accelerator="cpu", devices=1, max_steps=steps, strategy=strategy,
@@ -105,7 +105,7 @@ def finetune(recipe: Any, *callbacks: pl.Callback) -> None:
 
 def train_and_check(base: Any, spec: str, reduction: str = "token") -> Witness:
     """Train `base` with an objective, whose gradients and metrics are then the formula's."""
-    recipe = deft_finetune_recipe(base, spec, reduction=reduction, vocab_size=VOCAB)
+    recipe = deft_finetune_recipe(base, spec, reduction=reduction)
     witness = Witness(spec, reduction)
     finetune(recipe, witness)
     witness.check(base.trainer.max_steps)
