@@ -10,6 +10,10 @@ On the command line, where quotes keep the shell away:
 
     nemo llm finetune --factory "deft(model=llama-3.1-8b, dataset=medical)" optim.config.lr=1e-5
 
+Keep recipes with nemo-run's ZlibJSONSerializer. What `--to-yaml`, `--to-json` and `--to-toml` write
+is to look at: nemo-run 0.11.1 reads no list of configs back, such as the callbacks in every recipe,
+NeMo's own among them.
+
 Importing this module does not import NeMo; making a recipe does.
 """
 
@@ -124,8 +128,8 @@ def _require() -> None:
         from nemo.collections import llm  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"recipes need NeMo 2 and nemo-run, which cannot be imported ({error}): {INSTALL} in "
-            "an environment of its own"
+            f"recipes need NeMo 2 and nemo-run, which cannot be imported ({error}): {INSTALL} "
+            "nvidia-resiliency-ext in an environment of its own"
         ) from None
 
 

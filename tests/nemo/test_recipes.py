@@ -147,6 +147,19 @@ def test_errors(arguments: tuple[Any, ...], message: str) -> None:
 
 
 @needs_nemo
+def test_yaml_is_read_back_for_no_recipe() -> None:
+    """What `integrations.nemo` says of nemo-run's YAML: of NeMo's own recipes as well."""
+    from nemo.collections.llm.recipes import llama32_1b
+    from nemo_run.core.serialization.yaml import YamlSerializer
+
+    serializer = YamlSerializer()
+    for recipe in (llama32_1b.finetune_recipe(), deft_finetune_recipe("Llama-3.1-8B")):
+        text = serializer.serialize(recipe)
+        with pytest.raises(Exception, match="TimingCallback"):
+            serializer.deserialize(text)
+
+
+@needs_nemo
 def test_reduction_by_samples_is_refused() -> None:
     with pytest.raises(UserError, match="reduction=sample"):
         deft_finetune_recipe("Llama-3.1-8B", reduction="sample")
