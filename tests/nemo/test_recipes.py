@@ -153,7 +153,10 @@ def test_yaml_is_read_back_for_no_recipe() -> None:
     from nemo_run.core.serialization.yaml import YamlSerializer
 
     serializer = YamlSerializer()
-    for recipe in (llama32_1b.finetune_recipe(), deft_finetune_recipe("Llama-3.1-8B")):
+    for recipe in (
+        llama32_1b.finetune_recipe(peft_scheme=None),
+        deft_finetune_recipe("Llama-3.1-8B"),
+    ):
         text = serializer.serialize(recipe)
         with pytest.raises(Exception, match="TimingCallback"):
             serializer.deserialize(text)
