@@ -184,7 +184,7 @@ def _check_reduction(reduction: str, module: pl.LightningModule, strategy: Any) 
 def _leave_no_trace(trainer: pl.Trainer) -> None:
     """Take the objective out of the trainer's arguments, which every checkpoint keeps.
 
-    They would name this package, and the checkpoint's trainer would load only where that is.
+    There it would be pickled, and NeMo refuses to unpickle any package's classes but its own.
     """
     arguments: Any = getattr(trainer, "__io__", None)
     callbacks = getattr(arguments, "callbacks", None)
