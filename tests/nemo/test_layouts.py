@@ -1,9 +1,7 @@
 """Two ranks in every layout: gradients and metrics are still those of the formulas."""
 
-import socket
 import subprocess
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,16 +9,7 @@ import pytest
 from tests.nemo.conftest import REASON, has_nemo
 
 pytestmark = pytest.mark.skipif(not has_nemo(), reason=REASON)
-NAMES = ("data", "micro_batch", "tensor", "pipeline")
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports of this machine that nobody listens on."""
-    with ExitStack() as stack:
-        found = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in found:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in found]
+NAMES = ("data", "micro_batch", "tensor", "pipeline")  # LAYOUTS of tests.nemo.training
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +20,12 @@ def trained(
     folder = tmp_path_factory.mktemp("layouts")
     command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [
-            *command, "--nproc-per-node=2", "-m", "tests.nemo.training", folder, data, tokenizer,
-            *(f"{name}={port}" for name, port in zip(NAMES, free_ports(len(NAMES)), strict=True)),
-        ],
+        [*command, "--nproc-per-node=2", "-m", "tests.nemo.training", folder, data, tokenizer],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         timeout=900,
-    )  # fmt: skip
+    )
     return folder, result.stderr
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import random
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import fiddle
 import lightning.pytorch as pl
 import nemo_run as run
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.optimizer import OptimizerConfig
@@ -90,11 +90,16 @@ def tiny_recipe(data: Path, tokenizer: Path, logs: Path, steps: int = 2) -> Any:
     )  # fmt: skip
 
 
-def finetune(recipe: Any, *callbacks: pl.Callback) -> None:
-    """Run the recipe with more callbacks before its own, which need not serialise."""
+def finetune(recipe: Any, *callbacks: pl.Callback, store: Path | None = None) -> None:
+    """Run the recipe with more callbacks before its own, which need not serialise.
+
+    store: a new file by which two ranks find each other; None: as the environment says
+    """
     task = fiddle.build(recipe)
     trainer = task.keywords["trainer"]
     trainer.callbacks[:0] = callbacks
+    if store is not None:
+        trainer.strategy.store = dist.FileStore(str(store), 2)
     with nemo_on_cpu():
         try:
             task()
@@ -103,42 +108,36 @@ def finetune(recipe: Any, *callbacks: pl.Callback) -> None:
             destroy_num_microbatches_calculator()
 
 
-def train_and_check(base: Any, spec: str, reduction: str = "token") -> Witness:
+def train_and_check(
+    base: Any, spec: str, reduction: str = "token", store: Path | None = None
+) -> Witness:
     """Train `base` with an objective, whose gradients and metrics are then the formula's."""
     recipe = deft_finetune_recipe(base, spec, reduction=reduction)
     witness = Witness(spec, reduction)
-    finetune(recipe, witness)
+    finetune(recipe, witness, store=store)
     witness.check(base.trainer.max_steps)
     return witness
 
 
-def train_layout(name: str, data: Path, tokenizer: Path, logs: Path) -> None:
+def train_layout(name: str, folder: Path, data: Path, tokenizer: Path) -> None:
     """Two steps on two ranks; an objective that drops tokens makes the ranks' counts differ."""
-    base = tiny_recipe(data, tokenizer, logs)
+    base = tiny_recipe(data, tokenizer, folder / "logs" / name)
     base.trainer.devices = 2
     for field, value in LAYOUTS[name].items():
         setattr(base.trainer.strategy, field, value)
     reduction = "micro_batch" if name == "micro_batch" else "token"
     if reduction == "micro_batch":
         base.trainer.strategy.ddp.average_in_collective = False  # which gloo cannot
-    train_and_check(base, "OnlyTopP-0.1", reduction)
+    # torchrun's own store has the keys of the layouts before
+    train_and_check(base, "OnlyTopP-0.1", reduction, folder / f"{name}.store")
 
 
-def main(
-    folder: Path, data: Path, tokenizer: Path, names: Iterable[str], ports: Iterable[str]
-) -> None:
-    """Train in each layout and leave FOLDER/LAYOUT-RANK behind where it went as it should.
-
-    ports: a free one of this machine for each layout
-    """
-    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-    for name, port in zip(names, ports, strict=True):
-        # every layout makes its process groups anew: their keys must not meet old ones
-        os.environ["MASTER_PORT"] = port
-        train_layout(name, data, tokenizer, folder / "logs" / name)
+def main(folder: Path, data: Path, tokenizer: Path) -> None:
+    """Train in each layout and leave FOLDER/LAYOUT-RANK behind where it went as it should."""
+    for name in LAYOUTS:
+        train_layout(name, folder, data, tokenizer)
         (folder / f"{name}-{os.environ['RANK']}").touch()
 
 
 if __name__ == "__main__":
-    layouts = [argument.split("=") for argument in sys.argv[4:]]
-    main(*(Path(argument) for argument in sys.argv[1:4]), *zip(*layouts, strict=True))
+    main(*(Path(argument) for argument in sys.argv[1:]))
