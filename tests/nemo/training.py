@@ -93,13 +93,13 @@ def tiny_recipe(data: Path, tokenizer: Path, logs: Path, steps: int = 2) -> Any:
 def finetune(recipe: Any, *callbacks: pl.Callback, store: Path | None = None) -> None:
     """Run the recipe with more callbacks before its own, which need not serialise.
 
-    store: a new file by which two ranks find each other; None: as the environment says
+    store: a new file by which two ranks find each other; None: there is one rank
     """
     task = fiddle.build(recipe)
     trainer = task.keywords["trainer"]
     trainer.callbacks[:0] = callbacks
-    if store is not None:
-        trainer.strategy.store = dist.FileStore(str(store), 2)
+    # not by a port, which may be taken by now
+    trainer.strategy.store = dist.HashStore() if store is None else dist.FileStore(str(store), 2)
     with nemo_on_cpu():
         try:
             task()
