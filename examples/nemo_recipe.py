@@ -4,8 +4,8 @@
     python examples/nemo_recipe.py --run --gpus 2        # trains it here, with torchrun
 
 Needs, in an environment of its own: NeMo 2 and nemo-run (`megatron_deft.integrations.nemo` says
-which), the weights as nemo://Qwen/Qwen2.5-Math-1.5B, and data/nemo/math/{training,validation}.jsonl
-with lines of {"input": the whole prompt, "output": the answer}.
+which), the weights as nemo://Qwen/Qwen2.5-Math-1.5B, and the data/nemo/math that
+`megatron-deft prepare nemo` writes.
 """
 
 import argparse

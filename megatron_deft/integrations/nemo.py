@@ -10,6 +10,10 @@ On the command line, where quotes keep the shell away:
 
     nemo llm finetune --factory "deft(model=llama-3.1-8b, dataset=medical)" optim.config.lr=1e-5
 
+Keep recipes with nemo-run's ZlibJSONSerializer. What `--to-yaml`, `--to-json` and `--to-toml` write
+is to look at: nemo-run 0.11.1 reads no list of configs back, such as the callbacks in every recipe,
+NeMo's own among them.
+
 Importing this module does not import NeMo; making a recipe does.
 """
 
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_deft.errors import UserError
 from megatron_deft.integrations.nemo_checkpoint import INSTALL
 from megatron_deft.integrations.nemo_settings import (
+    DATASET_KWARGS,
     MODELS,
     Settings,
     find_model,
@@ -57,8 +62,9 @@ def deft_finetune_recipe(
     dataset:    math (default), medical or figfont, whose settings are taken
     reduction:  "token" or "micro_batch" (see ObjectiveCallback)
     vocab_size: real vocabulary entries. None: the model config's, or else the tokenizer's
-    data_dir:   folder with training.jsonl and validation.jsonl of "input", the whole prompt as the
-                model shall see it, and "output". None: data/nemo/DATASET
+    data_dir:   folder with training.jsonl and validation.jsonl, as `megatron-deft prepare nemo`
+                writes them: "input" is the whole prompt as the model shall see it, "output" the
+                answer with its end of turn. None: data/nemo/DATASET
     dir, name, num_nodes, num_gpus_per_node: as in NeMo's recipes; name is by default
                 MODEL_DATASET_OBJECTIVE
 
@@ -122,8 +128,8 @@ def _require() -> None:
         from nemo.collections import llm  # noqa: F401
     except ImportError as error:
         raise UserError(
-            f"recipes need NeMo 2 and nemo-run, which cannot be imported ({error}): {INSTALL} in "
-            "an environment of its own"
+            f"recipes need NeMo 2 and nemo-run, which cannot be imported ({error}): {INSTALL} "
+            "nvidia-resiliency-ext in an environment of its own"
         ) from None
 
 
@@ -181,6 +187,8 @@ def _base(key: str, dir: str | None, name: str, nodes: int, devices: int) -> Any
             dir=dir, name=name, num_nodes=nodes, num_gpus_per_node=devices, peft_scheme=None
         )
         recipe.resume = nemo_resume(hub)
+    # NeMo's default, and it cannot: it imports megatron-core's tensorstore, which 0.16 has no more
+    recipe.trainer.strategy.ckpt_async_save = False
     for field, value in base.config.items():
         setattr(recipe.model.config, field, value)
     return recipe
@@ -198,8 +206,7 @@ def _apply(recipe: Any, settings: Settings, data_dir: str) -> None:
         seq_length=settings.max_length,
         micro_batch_size=settings.micro_batch,
         global_batch_size=settings.global_batch,
-        # the prompt is whole as it stands, and what is too long loses the end of its answer
-        dataset_kwargs={"prompt_template": "{input}{output}", "truncation_field": "output"},
+        dataset_kwargs=dict(DATASET_KWARGS),
     )
     recipe.optim = distributed_fused_adam_with_cosine_annealing(
         max_lr=settings.lr,
@@ -214,4 +221,6 @@ def _apply(recipe: Any, settings: Settings, data_dir: str) -> None:
     recipe.trainer.max_steps = settings.steps
     # validated and kept at the end, which is what is published
     recipe.trainer.val_check_interval = settings.steps
+    # of all steps: Lightning refuses an interval longer than what is left when a run is resumed
+    recipe.trainer.check_val_every_n_epoch = None
     recipe.log.ckpt.every_n_train_steps = settings.steps

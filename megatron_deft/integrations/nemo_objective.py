@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from nemo.lightning import MegatronStrategy
+from nemo.utils.callbacks import dist_ckpt_io
 from torch import Tensor
 
 from megatron_deft.errors import UserError
@@ -67,32 +68,10 @@ class ObjectiveCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a trainer or model that would reduce otherwise; before the model is built."""
-        strategy = trainer.strategy
-        if not isinstance(strategy, MegatronStrategy):
-            raise UserError(
-                f"the trainer's strategy is {type(strategy).__name__}: an objective needs "
-                "nemo.lightning.MegatronStrategy"
-            )
-        config: Any = getattr(pl_module, "config", None)
-        per_token = getattr(config, "calculate_per_token_loss", None)
-        wanted = self.reduction == "token"
-        if per_token is not wanted:
-            raise UserError(
-                f"reduction={self.reduction} needs model.config.calculate_per_token_loss={wanted}, "
-                f"got {per_token}: set it, or make the recipe with deft_finetune_recipe"
-            )
-        ddp = getattr(strategy, "ddp_config", None)
-        if wanted and getattr(ddp, "average_in_collective", False):
-            raise UserError(
-                "reduction=token divides by the tokens of all ranks after their gradients are "
-                "added: set trainer.strategy.ddp.average_in_collective=False"
-            )
-        if not wanted and strategy.context_parallel_size > 1:
-            raise UserError(
-                f"reduction=micro_batch with context_parallel_size={strategy.context_parallel_size}"
-                ": a rank knows its own part of a micro-batch alone; use reduction=token"
-            )
+        _check_strategy(trainer.strategy)
+        _check_reduction(self.reduction, pl_module, trainer.strategy)
         mend_optimizer()
+        _leave_no_trace(trainer)
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """NeMo's strategy has built the model by now."""
@@ -162,6 +141,55 @@ class ObjectiveCallback(pl.Callback):
         ]
         vocab_size = self.vocab_size or _vocab_size(pl_module)
         self.attachment = attach(chunks, self.objective, vocab_size=vocab_size)
+
+
+def _check_strategy(strategy: Any) -> None:
+    if not isinstance(strategy, MegatronStrategy):
+        raise UserError(
+            f"the trainer's strategy is {type(strategy).__name__}: an objective needs "
+            "nemo.lightning.MegatronStrategy"
+        )
+    if strategy.async_save and not dist_ckpt_io.HAVE_MEGATRON_CORE:
+        # NeMo would say after the first step that it does not find megatron-core; and again while
+        # Lightning tears the run down, in place of what is said here
+        strategy.async_save = False
+        raise UserError(
+            "ckpt_async_save=True: NeMo's asynchronous saving imports what megatron-core 0.16 no "
+            "longer has: set trainer.strategy.ckpt_async_save=False"
+        )
+
+
+def _check_reduction(reduction: str, module: pl.LightningModule, strategy: Any) -> None:
+    config: Any = getattr(module, "config", None)
+    per_token = getattr(config, "calculate_per_token_loss", None)
+    wanted = reduction == "token"
+    if per_token is not wanted:
+        raise UserError(
+            f"reduction={reduction} needs model.config.calculate_per_token_loss={wanted}, got "
+            f"{per_token}: set it, or make the recipe with deft_finetune_recipe"
+        )
+    ddp = getattr(strategy, "ddp_config", None)
+    if wanted and getattr(ddp, "average_in_collective", False):
+        raise UserError(
+            "reduction=token divides by the tokens of all ranks after their gradients are added: "
+            "set trainer.strategy.ddp.average_in_collective=False"
+        )
+    if not wanted and strategy.context_parallel_size > 1:
+        raise UserError(
+            f"reduction=micro_batch with context_parallel_size={strategy.context_parallel_size}: "
+            "a rank knows its own part of a micro-batch alone; use reduction=token"
+        )
+
+
+def _leave_no_trace(trainer: pl.Trainer) -> None:
+    """Take the objective out of the trainer's arguments, which every checkpoint keeps.
+
+    There it would be pickled, and NeMo refuses to unpickle any package's classes but its own.
+    """
+    arguments: Any = getattr(trainer, "__io__", None)
+    callbacks = getattr(arguments, "callbacks", None)
+    if isinstance(callbacks, list):
+        arguments.callbacks = [c for c in callbacks if not isinstance(c, ObjectiveCallback)]
 
 
 def _vocab_size(module: Any) -> int:

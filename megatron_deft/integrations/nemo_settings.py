@@ -70,6 +70,13 @@ MODELS: Mapping[str, Base] = {
 }  # fmt: skip
 """The models of the published tables, by their released keys."""
 
+DATASET_KWARGS: Mapping[str, Any] = {
+    "prompt_template": "{input}{output}",
+    "truncation_field": "output",  # what is too long loses the end of its answer
+    "add_eos": False,  # the answer has its end of turn already
+}
+"""How NeMo's GPTSFTDataset reads what `megatron-deft prepare nemo` has written."""
+
 _RELEASES = ("deft", "eaft")  # whose settings are taken; the first that has a model comes first
 _SAMPLES = {"math": 264 * 256, "medical": 91 * 256, "figfont": 156 * 256}  # of an epoch, by DEFT
 

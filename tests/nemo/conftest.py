@@ -25,3 +25,11 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("config.json", "model.safetensors"):
         (folder / name).unlink()
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with files for NeMo's FineTuningDataModule."""
+    from tests.nemo.training import write_data
+
+    return write_data(tmp_path_factory.mktemp("nemo") / "data")

@@ -96,7 +96,7 @@ def platform() -> Iterator[None]:
 
 
 def _trainer(**options: Any) -> Any:
-    # asynchronous saving wants a module that this megatron-core has not
+    # asynchronous saving wants tensorstore, which this megatron-core has not
     strategy = nl.MegatronStrategy(ckpt_async_save=False, **options)
     return nl.Trainer(devices=1, accelerator="cpu", strategy=strategy)
 

@@ -72,12 +72,18 @@ def test_recipe(dataset: str, model: str) -> None:
     assert recipe.optim.config.lr == settings.lr
     assert recipe.optim.config.weight_decay == settings.weight_decay
     assert recipe.trainer.max_steps == settings.steps
+    assert recipe.trainer.val_check_interval == settings.steps
+    assert recipe.trainer.check_val_every_n_epoch is None
     assert recipe.trainer.devices == 2
+    assert recipe.trainer.strategy.ckpt_async_save is False
     assert recipe.data.seq_length == recipe.model.config.seq_length == settings.max_length
     assert recipe.model.config.calculate_per_token_loss is True
     assert recipe.trainer.callbacks[0].objective == "eaft"
     assert getattr(recipe, "peft", None) is None
     assert recipe.resume.restore_config.path == f"nemo://{HUB[model]}"
+    assert recipe.data.dataset_kwargs == {
+        "prompt_template": "{input}{output}", "truncation_field": "output", "add_eos": False
+    }  # fmt: skip
 
 
 @needs_nemo
@@ -112,6 +118,7 @@ def test_given_recipe() -> None:
     assert "calculate_per_token_loss" not in base.model.config.__arguments__
     assert recipe.optim.config.lr == base.optim.config.lr
     assert recipe.peft == base.peft
+    assert "ckpt_async_save" not in recipe.trainer.strategy.__arguments__
     assert recipe.trainer.callbacks[0].objective == "dft"
     again = deft_finetune_recipe(recipe, "eaft", reduction="micro_batch")
     assert [c for c in again.trainer.callbacks if hasattr(c, "objective")] == [
@@ -137,6 +144,22 @@ def test_given_recipe() -> None:
 def test_errors(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         deft_finetune_recipe(*arguments)
+
+
+@needs_nemo
+def test_yaml_is_read_back_for_no_recipe() -> None:
+    """What `integrations.nemo` says of nemo-run's YAML: of NeMo's own recipes as well."""
+    from nemo.collections.llm.recipes import llama32_1b
+    from nemo_run.core.serialization.yaml import YamlSerializer
+
+    serializer = YamlSerializer()
+    for recipe in (
+        llama32_1b.finetune_recipe(peft_scheme=None),
+        deft_finetune_recipe("Llama-3.1-8B"),
+    ):
+        text = serializer.serialize(recipe)
+        with pytest.raises(Exception, match="TimingCallback"):
+            serializer.deserialize(text)
 
 
 @needs_nemo

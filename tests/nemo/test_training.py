@@ -1,8 +1,7 @@
 """NeMo's own training loop minimises the objective: gradients against the float64 formulas."""
 
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,11 +12,11 @@ from tests.nemo.conftest import REASON, has_nemo
 pytestmark = pytest.mark.skipif(not has_nemo(), reason=REASON)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tests.nemo.training import write_data
+@pytest.fixture
+def base(data: Path, tokenizer: Path, tmp_path: Path) -> Any:
+    from tests.nemo.training import tiny_recipe
 
-    return write_data(tmp_path_factory.mktemp("nemo") / "data")
+    return tiny_recipe(data, tokenizer, tmp_path / "logs")
 
 
 @pytest.mark.parametrize(
@@ -31,35 +30,72 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("dft", "micro_batch"),
     ],
 )
-def test_gradient(spec: str, reduction: str, data: Path, tokenizer: Path, tmp_path: Path) -> None:
+def test_gradient_and_metrics(spec: str, reduction: str, base: Any) -> None:
     from tests.nemo.training import train_and_check
 
-    train_and_check(spec, reduction, str(data), str(tokenizer), str(tmp_path))
+    train_and_check(base, spec, reduction)
 
 
-@pytest.mark.parametrize("reduction", ["token", "micro_batch"])
-def test_gradient_of_two_ranks(reduction: str, data: Path, tokenizer: Path, tmp_path: Path) -> None:
-    """Micro-batches and ranks have different numbers of tokens."""
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone"]
-    arguments = ["OnlyTopP-0.1", reduction, str(data), str(tokenizer), str(tmp_path)]
-    result = subprocess.run(
-        [*command, "--nproc-per-node=2", "-m", "tests.nemo.training", *arguments],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
+def test_adapters(base: Any) -> None:
+    """LoRA: what is trained has the objective's gradients, and nothing else is trained."""
+    import nemo_run as run
+    from nemo.collections import llm
+
+    from tests.nemo.training import train_and_check
+
+    # not zero as usual, which would leave the other factor without a gradient
+    base.peft = run.Config(llm.peft.LoRA, dim=4, alpha=8, lora_B_init_method="xavier")
+    witness = train_and_check(base, "DEFT")
+    names = witness.steps[0].found.keys()
+    assert len(names) == 2 * 2 * 4  # factors, layers, matrices
+    assert all(".adapter." in name for name in names)
 
 
-def test_refuses_what_would_reduce_otherwise(data: Path, tokenizer: Path, tmp_path: Path) -> None:
-    from tests.nemo.training import finetune, tiny_recipe
+def test_refuses_what_would_reduce_otherwise(base: Any) -> None:
+    from tests.nemo.training import finetune
 
-    recipe = deft_finetune_recipe(tiny_recipe(data, tokenizer, tmp_path), "deft")
+    recipe = deft_finetune_recipe(base, "deft")
     recipe.model.config.calculate_per_token_loss = False
     with pytest.raises(UserError, match="calculate_per_token_loss=True"):
         finetune(recipe)
-    recipe = deft_finetune_recipe(tiny_recipe(data, tokenizer, tmp_path), "deft")
+    recipe = deft_finetune_recipe(base, "deft")
     recipe.trainer.strategy.ddp.average_in_collective = True
     with pytest.raises(UserError, match="average_in_collective=False"):
         finetune(recipe)
+
+
+def test_refuses_what_cannot_be_saved(base: Any) -> None:
+    """NeMo's default would end in "megatron-core was not found" after the first step."""
+    from tests.nemo.training import finetune
+
+    recipe = deft_finetune_recipe(base, "deft")
+    recipe.trainer.strategy.ckpt_async_save = True
+    with pytest.raises(UserError, match="ckpt_async_save=False"):
+        finetune(recipe)
+
+
+def everything(*arguments: Any) -> bool:
+    return True
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lr_mult", 2.0), ("no_weight_decay_cond", everything)]
+)
+def test_refuses_what_the_optimizer_no_longer_has(name: str, value: Any, base: Any) -> None:
+    from tests.nemo.training import finetune
+
+    recipe = deft_finetune_recipe(base, "deft")
+    setattr(recipe.optim, name, value)
+    with pytest.raises(UserError, match=f"^{name} of the recipe's optim: megatron-core 0.16"):
+        finetune(recipe)
+
+
+def test_the_optimizer_is_mended_once() -> None:
+    from megatron.core import optimizer
+
+    from megatron_deft.integrations.nemo_optimizer import mend_optimizer
+
+    mend_optimizer()
+    mended = optimizer.get_megatron_optimizer
+    mend_optimizer()
+    assert optimizer.get_megatron_optimizer is mended

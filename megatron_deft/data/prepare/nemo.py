@@ -1,8 +1,10 @@
 """Rows as NeMo's FineTuningDataModule reads them: lines of {"input": prompt, "output": answer}.
 
-The prompt is whole, rendered by the chat template, so that NeMo has only to put the two together
-("prompt_template": "{input}{output}", as our recipes have it). It tokenises them apart and adds the
-tokenizer's eos, which therefore is no part of the answer here.
+The prompt is whole, rendered by the chat template, and the answer ends with its end of turn, so
+that NeMo has only to put the two together: with the dataset_kwargs of our recipes
+(integrations/nemo_settings.py) its tokens and its mask are those of a prepared set. Rejected: to
+leave the eos to NeMo (add_eos), which puts one after answers that it has cut as well, and only ever
+the tokenizer's.
 """
 
 import json
@@ -16,7 +18,6 @@ from megatron_deft.data.prepare.samples import Counts, Tokeniser
 from megatron_deft.data.prepare.settings import RowSettings, columns_of
 from megatron_deft.data.rows import cut, detect_format, release
 from megatron_deft.data.samples import Rendered
-from megatron_deft.data.templates import name_of
 from megatron_deft.data.tokenizer import load_tokenizer
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
@@ -77,14 +78,14 @@ def _lines(
         for task in cut(files, [*needed, *optional], settings.limit):
             for row, rendered in tokeniser.rendered(task, counts):
                 try:
-                    yield _line(tokenizer, rendered)
+                    yield _line(rendered)
                 except UserError as error:
                     tokeniser.refuse(task, counts, row, error)
     finally:
         release()
 
 
-def _line(tokenizer: Any, rendered: Rendered) -> dict[str, str]:
+def _line(rendered: Rendered) -> dict[str, str]:
     prompt, answer = rendered.pieces[:2]
     if any(rendered.weights[2:]):
         raise UserError(
@@ -96,11 +97,10 @@ def _line(tokenizer: Any, rendered: Rendered) -> dict[str, str]:
             f"the turn has weight {rendered.weights[1]:g}, which NeMo has no place for: leave it "
             "out, or train with megatron-deft train"
         )
-    eos = tokenizer.eos_token
-    if not eos or not answer.endswith(eos):
-        raise UserError(
-            f"the turn does not end with {eos!r}, the tokenizer's eos, which is what NeMo ends "
-            f"answers with: take a template for it, or give {name_of(tokenizer)} the template's "
-            "end of turn as its eos_token"
-        )
-    return {"input": prompt, "output": answer.removesuffix(eos)}
+    for name, text in (("prompt", prompt), ("answer", answer)):
+        if text != text.strip(" "):
+            raise UserError(
+                f"the {name} begins or ends with a space, which NeMo takes away: mend the text, or "
+                "train with megatron-deft train"
+            )
+    return {"input": prompt, "output": answer}

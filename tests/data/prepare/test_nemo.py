@@ -1,4 +1,4 @@
-"""Data for NeMo: prompts as the model sees them, answers that end where NeMo puts the eos."""
+"""Data for NeMo: prompts as the model sees them, answers with their end of turn."""
 
 import json
 from pathlib import Path
@@ -17,6 +17,7 @@ from tests.data.files import chat, write
 from tests.data.prepare.sets import hidden
 
 COLUMNS = [{"extra_info": {"question": f"what is {n}?", "answer": f"it is {n}"}} for n in range(7)]
+NO_ANSWER = {"extra_info": {"question": "why?", "answer": None}}
 
 
 def lines(path: Path) -> list[dict[str, str]]:
@@ -32,7 +33,7 @@ def test_columns(tmp_path: Path, tiny_folder: Path, tokenizer: Any) -> None:
         "training": {"rows": 7, "dropped": 0}, "validation": {"rows": 4, "dropped": 0}
     }  # fmt: skip
     written = lines(out / "training.jsonl")
-    assert [line["output"] for line in written] == [f"it is {n}" for n in range(7)]
+    assert [line["output"] for line in written] == [f"it is {n}<|im_end|>" for n in range(7)]
     assert [line["input"] for line in written] == [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": f"what is {n}?"}], tokenize=False,
@@ -47,7 +48,7 @@ def test_columns(tmp_path: Path, tiny_folder: Path, tokenizer: Any) -> None:
 def test_the_tokens_are_those_of_a_prepared_set(
     tmp_path: Path, tiny_folder: Path, tokenizer: Any
 ) -> None:
-    """Input and output are tokenised apart, and then comes the eos: that is what NeMo does."""
+    """Input and output are tokenised apart: that is what NeMo does."""
     rows = [chat(f"say {n}", f"it is {n}, of course") for n in range(9)]
     file = write(tmp_path / "a.jsonl", rows)
     write_nemo(tmp_path / "nemo", {"training": [file], "validation": [file]}, tiny_folder)
@@ -59,8 +60,8 @@ def test_the_tokens_are_those_of_a_prepared_set(
         )
         sample = data[index]
         end = int(sample.weights.nonzero()[0][-1]) + 1  # white space after the turn is left out
-        assert [*prompt, *answer, tokenizer.eos_token_id] == sample.tokens[:end].tolist()
-        assert int(sample.weights.sum()) == len(answer) + 1
+        assert [*prompt, *answer] == sample.tokens[:end].tolist()
+        assert int(sample.weights.sum()) == len(answer)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,7 @@ def test_the_tokens_are_those_of_a_prepared_set(
         ),
         (chat("a", "b", weight=0.5), r"a.jsonl line 2: the turn has weight 0.5"),
         (chat("a", None), r"a.jsonl line 2: messages\[1\].content"),
+        (chat("a", " b"), r"a.jsonl line 2: the answer begins or ends with a space"),
     ],
 )
 def test_a_row_without_a_place_in_nemo(
@@ -93,23 +95,33 @@ def test_turns_before_the_trained_one(tmp_path: Path, tiny_folder: Path) -> None
     file = write(tmp_path / "a.jsonl", [{"messages": messages}])
     write_nemo(tmp_path / "nemo", {"training": [file], "validation": [file]}, tiny_folder)
     (line,) = lines(tmp_path / "nemo" / "training.jsonl")
-    assert (line["output"], line["input"].count("<|im_start|>")) == ("d", 4)
+    assert (line["output"], line["input"].count("<|im_start|>")) == ("d<|im_end|>", 4)
 
 
 def test_a_template_whose_turns_do_not_end_with_eos(tmp_path: Path, tiny_folder: Path) -> None:
     template = tmp_path / "other.jinja"
-    template.write_text(CHATML.replace("<|im_end|>", "[end]"))
-    file = write(tmp_path / "a.jsonl", [chat("a", "b")])
-    with pytest.raises(UserError, match=r"line 1: the turn does not end with '<\|im_end\|>'"):
+    template.write_text(CHATML.replace("<|im_end|>", "<|endoftext|>"))
+    file = write(tmp_path / "a.jsonl", [chat("a", "b ")])  # a space that is inside
+    write_nemo(
+        tmp_path / "nemo", {"training": [file], "validation": [file]}, tiny_folder,
+        RowSettings(template=str(template)),
+    )  # fmt: skip
+    (line,) = lines(tmp_path / "nemo" / "training.jsonl")
+    assert line["output"] == "b <|endoftext|>"
+
+
+def test_a_written_prompt_that_ends_with_a_space(tmp_path: Path, tiny_folder: Path) -> None:
+    row = {"extra_info": {"question": "Answer: ", "answer": "b"}}
+    file = write(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=r"line 1: the prompt begins or ends with a space"):
         write_nemo(
             tmp_path / "nemo", {"training": [file], "validation": [file]}, tiny_folder,
-            RowSettings(template=str(template)),
+            RowSettings(use_original_prompt=True),
         )  # fmt: skip
 
 
 def test_no_row_is_left(tmp_path: Path, tiny_folder: Path) -> None:
-    file = write(tmp_path / "a.jsonl", COLUMNS)
-    bad = write(tmp_path / "b.jsonl", [{"extra_info": None}])
+    file, bad = write(tmp_path / "a.jsonl", COLUMNS), write(tmp_path / "b.jsonl", [NO_ANSWER])
     files = {"training": [file], "validation": [bad]}
     settings = RowSettings(format="columns", bad_rows="drop")
     with pytest.raises(UserError, match=r"b.jsonl: no row is left for validation"):
