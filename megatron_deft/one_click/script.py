@@ -99,8 +99,11 @@ def _mark(*choices: object) -> str:
 
 
 def file_name(text: str) -> str:
-    """The text with every run of characters that could trouble a path as one _."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text).strip("_")
+    """The text with every run of characters that a path or a model's name may not have as one _.
+
+    No = is kept, though a path may have it: `evaluate --names` does not take it.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 
 def configuration(experiment: Experiment) -> dict[str, Any]:
