@@ -25,7 +25,12 @@ SMOKE_PREPARE: Mapping[str, tuple[str, ...]] = {
     "medical": ("--limit", "16", "--val-size", "4"),
     "figfont": ("--train-size", "16", "--test-size", "4", "--fonts", "cybermedium"),
 }
-SMOKE_EVALUATE = ("--limit", "2", "--batch-size", "2")
+_SMOKE_ANSWERS = ("--limit", "2", "--batch-size", "2", "--max-new-tokens", "32")
+SMOKE_EVALUATE: Mapping[str, tuple[str, ...]] = {
+    "math": (*_SMOKE_ANSWERS, "--samples", "2"),  # not 1: pass@k is part of the road
+    "medical": _SMOKE_ANSWERS,
+    "figfont": _SMOKE_ANSWERS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +178,8 @@ def _steps(experiment: Experiment) -> list[tuple[str, str, list[str]]]:
             _command(["megatron-deft", "evaluate", dataset, base, exported],
                      ["--names", f"base,{name}", "--prompt-type", prompt],
                      ["--data", *tests],
-                     ["--out", results, *(SMOKE_EVALUATE if experiment.smoke else ())]),
+                     ["--out", results,
+                      *(SMOKE_EVALUATE[dataset] if experiment.smoke else ())]),
         ]),
     ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """The script: bash that quotes every word, goes on where it stopped, and runs the whole road."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deft.evaluation.arguments import EVALUATE
 from megatron_deft.one_click.command import main
 from tests.one_click.test_recipes import CASES
 
@@ -173,6 +175,24 @@ def test_choices_of_ones_own_have_names_of_their_own(tmp_path: Path) -> None:
         config = (tmp_path / str(number) / "a.yaml").read_text()
         runs.add(next(line for line in config.splitlines() if line.startswith("run_dir")))
     assert len(runs) == len(choices)
+
+
+@pytest.mark.parametrize("dataset", ["math", "medical", "figfont"])
+def test_smoke_asks_for_few_short_answers(dataset: str, bash: Bash, tmp_path: Path) -> None:
+    root, tests = tmp_path / "root", tmp_path / "test.jsonl"
+    tests.touch()
+    script = written(
+        root, "--smoke", "--dataset", dataset, "--model_save_name", "llama-3.1-8b",
+        "--test_data", str(tests),
+    )  # fmt: skip
+    code, calls, output = bash(script)
+    assert code == 0, output
+    parser = argparse.ArgumentParser()
+    EVALUATE[dataset][0](parser)
+    assert calls[-1][:3] == ["megatron-deft", "evaluate", dataset]
+    args = parser.parse_args(calls[-1][3:])
+    assert (args.limit, args.batch_size, args.max_new_tokens) == (2, 2, 32)
+    assert args.samples == (2 if dataset == "math" else None)  # the others ask once
 
 
 @pytest.mark.parametrize(
