@@ -207,6 +207,14 @@ def test_smoke_asks_for_few_short_answers(dataset: str, bash: Bash, tmp_path: Pa
         (["--nproc_per_node", "0"], "at least 1"),
         (["--nproc_per_node", "3"], "train.global_batch"),
         (["--cuda_visible_devices", "0"], "fewer devices"),
+        (["--cuda_visible_devices", "0,0"], "--cuda_visible_devices 0,0 has a device twice"),
+        (["--cuda_visible_devices", "0, 0"], "a device twice"),
+        (["--cuda_visible_devices", ","], "--cuda_visible_devices ',': name devices, as in 0,1"),
+        (["--cuda_visible_devices", "0,1,"], "name devices"),
+        (["--cuda_visible_devices", ""], "name devices"),
+        (["--cuda_visible_devices", "0,-1"], "name devices"),
+        (["--script", "x.yaml"], "--script x.yaml: the run's configuration stands beside"),
+        (["--script", "a/x.YML"], "choose another ending, such as .sh"),
         (["--model_path", "nowhere"], "--model_path nowhere: nothing is there"),
         (["--data_source", "no such file"], "--data_source no such file"),
         (["--test_data", "nowhere"], "--test_data nowhere"),
@@ -216,8 +224,10 @@ def test_smoke_asks_for_few_short_answers(dataset: str, bash: Bash, tmp_path: Pa
     ],
 )
 def test_mistakes_are_one_line(
-    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     given = {"--dataset": "math", "--model_save_name": "qwen-2.5-math-7b"}
     given = {name: value for name, value in given.items() if name not in options}
     argv = [*options, *(word for pair in given.items() for word in pair)]
