@@ -54,8 +54,9 @@ class Results:
 
     @property
     def sets(self) -> list[str]:
-        """Every test set, likewise."""
-        return list(dict.fromkeys(name for model in self.models for name in model.sets))
+        """Every test set, likewise; none where there is one, whose scores are the model's."""
+        names = list(dict.fromkeys(name for model in self.models for name in model.sets))
+        return names if len(names) > 1 else []
 
 
 def read_results(sources: Sequence[Source]) -> list[Results]:
