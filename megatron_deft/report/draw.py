@@ -52,6 +52,7 @@ def settings() -> dict[Any, Any]:
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 10,
         "text.color": LIGHT.ink,
+        "text.parse_math": False,  # a name may hold a $
         "axes.titlesize": 10.5,
         "axes.titlelocation": "left",
         "axes.titlepad": 8,

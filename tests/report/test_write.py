@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -67,6 +68,18 @@ class Page(HTMLParser):
 
     def figures(self) -> list[str | None]:
         return [found["id"] for tag, found in self.tags if tag == "figure"]
+
+
+class Texts(HTMLParser):
+    """The texts of a figure as they are read."""
+
+    def __init__(self, svg: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.feed(svg)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +185,31 @@ def test_scores_by_set_and_a_model_without_one(tmp_path: Path) -> None:
     text = (tmp_path / "page.html").read_text()
     assert text.count('<span class="sure">+10.0</span>') == 2
     assert text.count("<small>+10.0 ") == 1
+
+
+def test_a_single_set_is_not_repeated(tmp_path: Path) -> None:
+    path = write_results(tmp_path / "results.json", results(["base", "deft"], ("a",), 4))
+    report = write_report([path], tmp_path / "page.html")
+    page = Page(report.page)
+    assert len(page.tables) == 1
+    assert "by set" not in page.text
+    assert "mean of the sets" not in (report.folder / "pass_at_k.svg").read_text()
+
+
+def test_names_are_shown_as_they_are(two: list[Path], tmp_path: Path) -> None:
+    """None is read as mathematics, and none warns of letters that the pictures' font lacks."""
+    runs, models = ["cost_$5", "$x^$"], ["_hidden", "\N{CJK UNIFIED IDEOGRAPH-4E2D}"]
+    sets = (r"$\alpha$", "b")
+    path = write_results(tmp_path / "results.json", results(models, sets, 4))
+    named = [f"{name}={folder}" for name, folder in zip(runs, two, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = write_report([*named, path], tmp_path / "page.html")
+    shown = {"scores": models, "pass_at_k": [*models, *sets], **dict.fromkeys(FIGURES, runs)}
+    for figure, names in shown.items():
+        texts = Texts((report.folder / f"{figure}.svg").read_text()).texts
+        for name in names:
+            assert any(name in text for text in texts), (figure, name)
 
 
 def test_runs_that_logged_less_than_others(two: list[Path], tmp_path: Path) -> None:
