@@ -71,10 +71,10 @@ def _results(path: Path, name: str | None) -> Results:
     try:
         models = [_model(label, model) for label, model in content["models"].items()]
         title = name or content.get("title") or content["task"]
-        data, settings = content.get("data") or {}, content.get("settings") or {}
-    except (KeyError, TypeError, AttributeError):
+        data, settings = dict(content.get("data") or {}), dict(content.get("settings") or {})
+    except (KeyError, TypeError, ValueError, AttributeError):
         models = []
-    if not models:
+    if not any(model.scores for model in models):
         raise UserError(f"{path} holds no scores of models: {_REMEDY}")
     return Results(str(title), data, settings, models)
 
