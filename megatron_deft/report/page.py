@@ -17,6 +17,7 @@ from megatron_deft.report.style import colour_name, stylesheet
 GENERATOR = "megatron-deft report"
 MARK = f'<meta name="generator" content="{GENERATOR}">'
 MEAN = "mean of the sets"
+LONG = 40  # letters of a name that may be broken anywhere
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int | Non
 def _named(name: str, slots: Slots) -> str:
     colour = colour_name(slots[name])
     chip = f'<span class="chip" style="background:var(--{colour})"></span>'
-    return f'<span class="named">{chip}{escape(name)}</span>'
+    kind = "named long" if len(name) > LONG else "named"
+    return f'<span class="{kind}">{chip}<span>{escape(name)}</span></span>'
 
 
 def _runs(content: Content) -> list[str]:

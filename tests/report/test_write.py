@@ -212,6 +212,23 @@ def test_names_are_shown_as_they_are(two: list[Path], tmp_path: Path) -> None:
             assert any(name in text for text in texts), (figure, name)
 
 
+def test_long_names_are_shortened_in_figures(two: list[Path], tmp_path: Path) -> None:
+    names = [f"{i}{'_and_so_on' * 17}" for i in range(2)]
+    content = results(names, (names[0], "b"), 4)
+    path = write_results(tmp_path / "results.json", content)
+    named = [f"{name}={folder}" for name, folder in zip(names, two, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no layout collapsed
+        report = write_report([*named, path], tmp_path / "page.html", title="Long")
+    page = Page(report.page)
+    assert [row[0] for row in page.tables[0][1:]] == names
+    for figure in page.figures():
+        texts = Texts((report.folder / f"{figure}.svg").read_text()).texts
+        shortened = [text.strip() for text in texts if "\N{HORIZONTAL ELLIPSIS}" in text]
+        assert {text[:2] for text in shortened} >= {"0_"}, figure
+        assert max(map(len, shortened)) <= 62
+
+
 def test_runs_that_logged_less_than_others(two: list[Path], tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", [without_new(record(step)) for step in range(1, 41)])
     report = write_report([old, two[0]], tmp_path / "page.html")
@@ -305,6 +322,20 @@ def test_nothing_else_is_replaced(two: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no report's figures"):
         write_report(two, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_two_pages_do_not_share_their_figures(two: list[Path], tmp_path: Path) -> None:
+    for name in ("page", "page.txt", "page.html.bak"):
+        with pytest.raises(UserError, match=r"a page ends in .html or .htm$"):
+            write_report(two, tmp_path / name)
+    path = write_results(tmp_path / "results.json", results(["base"]))
+    write_report([path], tmp_path / "page.html")
+    for name in ("page.htm", "page.HTML"):
+        with pytest.raises(UserError, match=r"page_figures holds the figures of .*page.html: cho"):
+            write_report([path], tmp_path / name)
+    (tmp_path / "page.htm").write_text("mine")  # no report, so it has no figures
+    write_report([path], tmp_path / "page.html")
+    assert write_report([path], tmp_path / "other.HTM").page.is_file()
 
 
 def test_without_matplotlib(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
