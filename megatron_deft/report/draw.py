@@ -252,8 +252,8 @@ def pass_curves(results: Results, slots: Mapping[str, int | None]) -> Figure:
         axes.set_xticks(_pass_ticks({k for model in results.models for k in _passes(of(model))}))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
-        low, high = axes.get_ylim()
-        axes.set_ylim(max(0.0, low), 1.0 if _all_zero(low, high) else high)
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(0.0, bottom), 1.0 if _all_zero(bottom, top) else top)
         axes.yaxis.set_major_formatter("{x:g}%")
         if axes in lowest:
             axes.set_xlabel("k, answers per question")

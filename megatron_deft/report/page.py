@@ -194,10 +194,15 @@ def _results(results: Results, parts: Sequence[Part], content: Content) -> list[
         lines.append(f"<h3>{escape(metric_label(key))} by set</h3>")
         cells = [_by_set(model, key, results) for model in results.models]
         rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
-        lines.append(table(["model", MEAN, *map(escape, results.sets)], rows, 1))
+        lines.append(table(["model", MEAN, *map(_set, results.sets)], rows, 1))
     lines += [_part(part, content.drawn, heading=False) for part in parts]
     lines.append(f'<p class="note">{_facts(results)}</p>')
     return lines
+
+
+def _set(name: str) -> str:
+    text = escape(name)
+    return f'<div class="long">{text}</div>' if len(name) > LONG else text
 
 
 def _against(results: Results) -> str:

@@ -112,7 +112,7 @@ td small{display:block;color:var(--soft);font-size:12.5px}
 td.key,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}
 .wrap{overflow-wrap:anywhere;min-width:13ch}
 .named{display:inline-flex;align-items:baseline}
-.long{overflow-wrap:anywhere;min-width:24ch}
+.long{overflow-wrap:anywhere;min-width:24ch;white-space:normal}
 .chip{flex:none;width:11px;height:11px;border-radius:3px;margin-right:8px}
 .sure{font-weight:650;color:var(--ink)}
 .missing{border:1px dashed var(--faint);border-radius:12px;padding:10px 20px;margin:14px 0;

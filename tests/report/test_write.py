@@ -222,6 +222,9 @@ def test_long_names_are_shortened_in_figures(two: list[Path], tmp_path: Path) ->
         report = write_report([*named, path], tmp_path / "page.html", title="Long")
     page = Page(report.page)
     assert [row[0] for row in page.tables[0][1:]] == names
+    broken = [attributes["class"] for _, attributes in page.tags if "class" in attributes]
+    assert broken.count("named long") >= 4  # whole in tables, over several lines
+    assert broken.count("long") == 2
     for figure in page.figures():
         texts = Texts((report.folder / f"{figure}.svg").read_text()).texts
         shortened = [text.strip() for text in texts if "\N{HORIZONTAL ELLIPSIS}" in text]
