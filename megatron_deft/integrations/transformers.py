@@ -85,7 +85,8 @@ def compute_loss_func(
     - transformers 4 counts a label at position 0, which nothing predicts, where it is not ignored.
 
     Errors: UserError naming what was expected and the mend, among others where the model returns
-    no logits, or only a part of each sequence (context or sequence parallelism).
+    no logits, or only a part of each sequence (context or sequence parallelism), or is an
+    encoder-decoder.
     """
     if reduction not in REDUCTIONS:
         raise UserError(
@@ -136,6 +137,8 @@ class ObjectiveLoss:
         loss_scale, trainer: what ms-swift hands over; weights of tokens are refused
         """
         _refuse_parts(loss_scale, trainer)
+        _refuse_smoothing(getattr(trainer, "args", None))
+        _refuse_encoder(outputs, getattr(trainer, "model", None))
         if labels is None:
             raise UserError(
                 "the trainer handed over no labels: the data collator must make a column labels "
@@ -243,6 +246,26 @@ def _refuse_parts(loss_scale: Tensor | None, trainer: Any) -> None:
             )
 
 
+def _refuse_smoothing(args: Any) -> None:
+    """Errors: UserError where the trainer's arguments ask for what it then leaves out."""
+    factor = getattr(args, "label_smoothing_factor", None)
+    if factor:
+        raise UserError(
+            f"label_smoothing_factor={factor} has no effect on a loss function of one's own: set "
+            "it to 0"
+        )
+
+
+def _refuse_encoder(outputs: Any, model: Any) -> None:
+    """Errors: UserError for a decoder that predicts labels[:, t] at t, not labels[:, t + 1]."""
+    told = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    if told or _field(outputs, "encoder_last_hidden_state") is not None:
+        raise UserError(
+            "the model is an encoder-decoder, whose labels are not shifted: this loss, which "
+            "shifts them by one, would train it on the wrong tokens; use a causal language model"
+        )
+
+
 class ObjectiveCallback(TrainerCallback):
     """Logs what the objective sees, and stops a run that trains with another loss.
 
@@ -255,8 +278,12 @@ class ObjectiveCallback(TrainerCallback):
     callbacks=[ObjectiveCallback(loss), TensorBoardCallback()]. A metric of the same name that is
     there already, as TRL's entropy, stays.
 
+    eval_loss is the trainer's, a mean of the means of the batches, each counted by its samples;
+    eval_ce and the others are means over tokens. So with "nll" eval_loss and eval_ce differ where
+    batches differ in their tokens.
+
     Errors: UserError before the first update where the trainer did not call the loss function
-    (another loss has taken its place), or would smooth labels.
+    (another loss has taken its place), would smooth labels, or has an encoder-decoder.
     """
 
     def __init__(self, loss: ObjectiveLoss) -> None:
@@ -279,11 +306,8 @@ class ObjectiveCallback(TrainerCallback):
                 "loss_type='chunked_nll' of TRL computes a loss of its own in the place of logits: "
                 "set SFTConfig(loss_type='nll')"
             )
-        if args.label_smoothing_factor:
-            raise UserError(
-                f"label_smoothing_factor={args.label_smoothing_factor} has no effect on a loss "
-                "function of one's own: set it to 0"
-            )
+        _refuse_smoothing(args)
+        _refuse_encoder(None, kwargs.get("model"))
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse to train with a loss that is not the objective's."""

@@ -64,14 +64,7 @@ def _experiment(args: argparse.Namespace) -> Experiment:
     _chosen("--model_save_name", key, recipe.models, f"{where} on {args.dataset}")
     objective = args.trainer_objective_trans or recipe.objective
     parse(objective)
-    processes, devices = args.nproc_per_node, args.cuda_visible_devices
-    if processes < 1:
-        raise UserError(f"--nproc_per_node {processes}: at least 1 is needed")
-    if devices is not None and len(devices.split(",")) < processes:
-        raise UserError(
-            f"--cuda_visible_devices {devices} has fewer devices than --nproc_per_node "
-            f"{processes}: name one for each process"
-        )
+    _check_devices(args.nproc_per_node, args.cuda_visible_devices)
     if args.data_source and args.dataset == "figfont":
         raise UserError("--data_source: figfont is made, not read; leave it out")
     root = Path(args.work_dir).absolute()
@@ -82,16 +75,45 @@ def _experiment(args: argparse.Namespace) -> Experiment:
         dataset=args.dataset,
         key=key,
         objective=objective,
-        processes=processes,
-        devices=devices,
+        processes=args.nproc_per_node,
+        devices=args.cuda_visible_devices,
         root=root,
-        script=Path(args.script or folder / f"{file_name(objective)}.sh").absolute(),
+        script=_script(args.script or folder / f"{file_name(objective)}.sh"),
         folder=None if args.model_path is None else _existing("--model_path", args.model_path),
         sources=tuple(map(_source, args.data_source)),
         tests=tuple(_existing("--test_data", test) for test in args.test_data),
         overrides=tuple(args.overrides),
         smoke=args.smoke,
     )
+
+
+def _check_devices(processes: int, devices: str | None) -> None:
+    """Errors: UserError unless there is a device for each process."""
+    if processes < 1:
+        raise UserError(f"--nproc_per_node {processes}: at least 1 is needed")
+    if devices is None:
+        return
+    named = [device.strip() for device in devices.split(",")]
+    # CUDA sees nothing from the first empty or negative one on, and none at all with one twice
+    if any(not device or device.startswith("-") for device in named):
+        raise UserError(f"--cuda_visible_devices {devices!r}: name devices, as in 0,1")
+    if len(set(named)) < len(named):
+        raise UserError(f"--cuda_visible_devices {devices} has a device twice: name each once")
+    if len(named) < processes:
+        raise UserError(
+            f"--cuda_visible_devices {devices} has fewer devices than --nproc_per_node "
+            f"{processes}: name one for each process"
+        )
+
+
+def _script(path: str | Path) -> Path:
+    """The script's absolute path. Errors: UserError for one that its configuration would have."""
+    if Path(path).suffix.lower() in (".yaml", ".yml"):
+        raise UserError(
+            f"--script {path}: the run's configuration stands beside the script and ends in "
+            ".yaml; choose another ending, such as .sh"
+        )
+    return Path(path).absolute()
 
 
 def _chosen(option: str, value: str, table: Mapping[str, Any], where: str) -> Any:

@@ -25,7 +25,12 @@ SMOKE_PREPARE: Mapping[str, tuple[str, ...]] = {
     "medical": ("--limit", "16", "--val-size", "4"),
     "figfont": ("--train-size", "16", "--test-size", "4", "--fonts", "cybermedium"),
 }
-SMOKE_EVALUATE = ("--limit", "2", "--batch-size", "2")
+_SMOKE_ANSWERS = ("--limit", "2", "--batch-size", "2", "--max-new-tokens", "32")
+SMOKE_EVALUATE: Mapping[str, tuple[str, ...]] = {
+    "math": (*_SMOKE_ANSWERS, "--samples", "2"),  # not 1: pass@k is part of the road
+    "medical": _SMOKE_ANSWERS,
+    "figfont": _SMOKE_ANSWERS,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +104,11 @@ def _mark(*choices: object) -> str:
 
 
 def file_name(text: str) -> str:
-    """The text with every run of characters that could trouble a path as one _."""
-    return re.sub(r"[^A-Za-z0-9._=-]+", "_", text).strip("_")
+    """The text with every run of characters that a path or a model's name may not have as one _.
+
+    No = is kept, though a path may have it: `evaluate --names` does not take it.
+    """
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_")
 
 
 def configuration(experiment: Experiment) -> dict[str, Any]:
@@ -170,7 +178,8 @@ def _steps(experiment: Experiment) -> list[tuple[str, str, list[str]]]:
             _command(["megatron-deft", "evaluate", dataset, base, exported],
                      ["--names", f"base,{name}", "--prompt-type", prompt],
                      ["--data", *tests],
-                     ["--out", results, *(SMOKE_EVALUATE if experiment.smoke else ())]),
+                     ["--out", results,
+                      *(SMOKE_EVALUATE[dataset] if experiment.smoke else ())]),
         ]),
     ]  # fmt: skip
 

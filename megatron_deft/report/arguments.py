@@ -27,7 +27,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add(
         "--out", default="report.html", metavar="FILE",
-        help="page to write, its figures into FILE_figures without the ending [report.html]",
+        help="page to write; its figures go into FILE_figures without .html [report.html]",
     )  # fmt: skip
     add("--title", help="of the page [the runs' names]")
     add("--x", choices=("steps", "tokens"), default="steps", help="what curves run over [steps]")

@@ -16,6 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator
 
+from megatron_deft.evaluation.results import Interval
 from megatron_deft.report import series, style
 from megatron_deft.report.scores import Model, Results, Score, Scores, metric_label, pass_at, shown
 from megatron_deft.report.series import Curve
@@ -52,6 +53,7 @@ def settings() -> dict[Any, Any]:
         "font.sans-serif": ["DejaVu Sans"],
         "font.size": 10,
         "text.color": LIGHT.ink,
+        "text.parse_math": False,  # a name may hold a $
         "axes.titlesize": 10.5,
         "axes.titlelocation": "left",
         "axes.titlepad": 8,
@@ -112,9 +114,10 @@ def _legend(figure: Figure, names: Iterable[tuple[str, int | None]]) -> None:
         Line2D([], [], color=style.colour(slot), linestyle=style.dash(slot), linewidth=2.4)  # type: ignore[arg-type]
         for slot in entries.values()
     ]
-    longest = max(map(len, entries))
+    labels = [brief(name) for name in entries]
+    longest = max(map(len, labels))
     columns = max(1, min(len(entries), 110 // (longest + 6)))
-    figure.legend(handles, list(entries), loc="outside upper left", ncols=columns)
+    figure.legend(handles, labels, loc="outside upper left", ncols=columns)
 
 
 def curves(panels: Sequence[Panel], axis: str) -> Figure:
@@ -171,6 +174,13 @@ def short(value: float) -> str:
     return f"{value:g}".replace("e-0", "e-").replace("e+0", "e")
 
 
+def brief(name: str, most: int = 40) -> str:
+    """A name of at most so many letters, its middle left out: figures have no room for more."""
+    head = most // 2
+    tail = most - head - 1
+    return name if len(name) <= most else f"{name[:head]}\N{HORIZONTAL ELLIPSIS}{name[-tail:]}"
+
+
 def time_axis(axes: Axes, axis: str) -> None:
     """Whole steps, or tokens in k and M."""
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, steps=ROUND))
@@ -190,10 +200,12 @@ def scores(results: Results, slots: Mapping[str, int | None]) -> Figure:
             if (score := model.scores.get(metric)) is not None:
                 _draw_score(axes, style.colour(slots[model.label]), score, place)
         first = axes.get_subplotspec().colspan.start == 0  # type: ignore[union-attr]
-        names = [model.label if first else "" for model in models]
+        names = [brief(model.label) if first else "" for model in models]
         axes.set_yticks(range(len(models)), names, color=LIGHT.ink)
         axes.set_ylim(len(models) - 0.4, -0.6)
         axes.margins(x=0.16)
+        if _all_zero(*axes.get_xlim()):
+            axes.set_xlim(-0.16, 1.0)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=ROUND))
         axes.xaxis.set_major_formatter("{x:g}%")
     return figure
@@ -217,12 +229,11 @@ def pass_curves(results: Results, slots: Mapping[str, int | None]) -> Figure:
     groups += [(name, _scores_of(name)) for name in results.sets]
     figure, places, lowest = _panels(len(groups), 2.5)
     for axes, (title, of) in zip(places, groups, strict=True):
-        axes.set_title(title)
+        axes.set_title(brief(title))
         axes.grid(axis="y")
         axes.tick_params(length=0)
         for model in results.models:
-            points = {k: score.value for metric, score in of(model).items()
-                      if (k := pass_at(metric)) is not None}  # fmt: skip
+            points = _passes(of(model))
             ks, slot = sorted(points), slots[model.label]
             colour, low = style.colour(slot), [100 * points[k].low for k in ks]
             axes.fill_between(ks, low, [100 * points[k].high for k in ks], color=colour,
@@ -235,14 +246,36 @@ def pass_curves(results: Results, slots: Mapping[str, int | None]) -> Figure:
                 linestyle=style.dash(slot),
                 marker="o",
                 markersize=3.5,
+                clip_on=False,  # a mark at 0 is whole
             )  # type: ignore[arg-type]
         axes.set_xscale("log", base=2)
+        axes.set_xticks(_pass_ticks({k for model in results.models for k in _passes(of(model))}))
+        axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:g}")
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(max(0.0, bottom), 1.0 if _all_zero(bottom, top) else top)
         axes.yaxis.set_major_formatter("{x:g}%")
         if axes in lowest:
             axes.set_xlabel("k, answers per question")
     _legend(figure, ((model.label, slots[model.label]) for model in results.models))
     return figure
+
+
+def _passes(scores: Scores) -> dict[int, Interval]:
+    found = ((pass_at(metric), score.value) for metric, score in scores.items())
+    return {k: value for k, value in found if k is not None}
+
+
+def _pass_ticks(ks: set[int]) -> list[int]:
+    """The last k, and the powers of two from the first on that are not too near to it."""
+    first, last = min(ks, default=1), max(ks, default=1)
+    powers = (2**i for i in range(last.bit_length()))
+    return [*(k for k in powers if first <= k < last / 1.3), last]
+
+
+def _all_zero(low: float, high: float) -> bool:
+    """Whether these are the limits that an axis of shares has whose values are all 0."""
+    return low < 0 < high and abs(low + high) < 1e-9
 
 
 def _scores_of(name: str) -> Callable[[Model], Scores]:

@@ -11,7 +11,7 @@ from matplotlib.colors import LinearSegmentedColormap, LogNorm, Normalize, Power
 from matplotlib.figure import Figure
 
 from megatron_deft.report import series, style
-from megatron_deft.report.draw import grid, time_axis
+from megatron_deft.report.draw import brief, grid, time_axis
 from megatron_deft.report.series import History, Landscape
 from megatron_deft.report.style import LIGHT
 
@@ -35,7 +35,7 @@ def histories(
         norm = PowerNorm(0.5, 0.0, max(float(one.shares.max()) for one in shown))
         image = None
         for (name, histories), axes in zip(rows, (row[column] for row in places), strict=True):
-            axes.set_title(f"{name}: {title}")
+            axes.set_title(f"{brief(name, 28)}: {title}")
             one = histories[column]
             if one is None:
                 _not_logged(axes)
@@ -69,7 +69,12 @@ def landscapes(rows: Sequence[tuple[str, Sequence[Landscape]]]) -> Figure:
         one = last.first == last.last
         steps = f"step {last.last}" if one else f"steps {last.first}-{last.last}"
         pictures = (
-            (f"{name}: tokens, step {found[0].first}", found[0].density, density, style.DENSITY),
+            (
+                f"{brief(name, 20)}: tokens, step {found[0].first}",
+                found[0].density,
+                density,
+                style.DENSITY,
+            ),
             (f"tokens, {steps}", last.density, density, style.DENSITY),
             (f"{PULL}, {steps}", last.mean_gate_error, pull, style.PULL),
         )

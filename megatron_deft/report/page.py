@@ -17,6 +17,7 @@ from megatron_deft.report.style import colour_name, stylesheet
 GENERATOR = "megatron-deft report"
 MARK = f'<meta name="generator" content="{GENERATOR}">'
 MEAN = "mean of the sets"
+LONG = 40  # letters of a name that may be broken anywhere
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: int | Non
 def _named(name: str, slots: Slots) -> str:
     colour = colour_name(slots[name])
     chip = f'<span class="chip" style="background:var(--{colour})"></span>'
-    return f'<span class="named">{chip}{escape(name)}</span>'
+    kind = "named long" if len(name) > LONG else "named"
+    return f'<span class="{kind}">{chip}<span>{escape(name)}</span></span>'
 
 
 def _runs(content: Content) -> list[str]:
@@ -192,10 +194,15 @@ def _results(results: Results, parts: Sequence[Part], content: Content) -> list[
         lines.append(f"<h3>{escape(metric_label(key))} by set</h3>")
         cells = [_by_set(model, key, results) for model in results.models]
         rows = [[name, *row] for name, row in zip(names, cells, strict=True)]
-        lines.append(table(["model", MEAN, *map(escape, results.sets)], rows, 1))
+        lines.append(table(["model", MEAN, *map(_set, results.sets)], rows, 1))
     lines += [_part(part, content.drawn, heading=False) for part in parts]
     lines.append(f'<p class="note">{_facts(results)}</p>')
     return lines
+
+
+def _set(name: str) -> str:
+    text = escape(name)
+    return f'<div class="long">{text}</div>' if len(name) > LONG else text
 
 
 def _against(results: Results) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from html import escape
 from pathlib import Path
 
@@ -20,7 +21,9 @@ _NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 def render(plot: Plot, folder: Path) -> str:
     """Write NAME.svg and NAME.png into `folder`; return the SVG as an element of a page."""
     path = folder / f"{plot.name}.svg"
-    with rc_context(settings()):
+    with rc_context(settings()), warnings.catch_warnings():
+        # a page's reader has the letters that matplotlib's font lacks; in the PNG they are boxes
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
         figure = plot.draw()
         # the layout is half of the work: once, not for every file
         figure.draw_without_rendering()

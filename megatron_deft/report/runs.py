@@ -163,7 +163,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     step = record.get("step") if isinstance(record, dict) else None
-    return record if isinstance(step, int) and not isinstance(step, bool) else None
+    is_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) < 2**53
+    return record if is_step else None
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -203,11 +204,22 @@ def _oddities(run: Run) -> Iterator[str]:
         yield f"Its metrics begin at step {first}: it went on from a checkpoint of another folder."
     if missing := last - first + 1 - len(run.records):
         yield f"Its metrics lack {missing} step{'s' * (missing > 1)} on the way."
-    broken = Counter(name for record in run.records for name in record.get("nonfinite", ()))
+    broken = Counter(name for record in run.records for name in _nonfinite(run, record))
     if broken:
         named = ", ".join(f"{name} ({count})" for name, count in sorted(broken.items())[:6])
         rest = f" and {len(broken) - 6} more" if len(broken) > 6 else ""
         yield f"Values that are not finite, by how many steps, leave gaps: {named}{rest}."
+
+
+def _nonfinite(run: Run, record: Record) -> Sequence[str]:
+    """The metrics that were not finite. Errors: UserError for what is no list of names."""
+    names = record.get("nonfinite", [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(
+            f"{run.folder / METRICS}: nonfinite of step {record['step']} is no list of metrics: "
+            "remove it"
+        )
+    return names
 
 
 def planned_steps(run: Run) -> int | None:

@@ -54,8 +54,9 @@ class Results:
 
     @property
     def sets(self) -> list[str]:
-        """Every test set, likewise."""
-        return list(dict.fromkeys(name for model in self.models for name in model.sets))
+        """Every test set, likewise; none where there is one, whose scores are the model's."""
+        names = list(dict.fromkeys(name for model in self.models for name in model.sets))
+        return names if len(names) > 1 else []
 
 
 def read_results(sources: Sequence[Source]) -> list[Results]:
@@ -70,10 +71,10 @@ def _results(path: Path, name: str | None) -> Results:
     try:
         models = [_model(label, model) for label, model in content["models"].items()]
         title = name or content.get("title") or content["task"]
-        data, settings = content.get("data") or {}, content.get("settings") or {}
-    except (KeyError, TypeError, AttributeError):
+        data, settings = dict(content.get("data") or {}), dict(content.get("settings") or {})
+    except (KeyError, TypeError, ValueError, AttributeError):
         models = []
-    if not models:
+    if not any(model.scores for model in models):
         raise UserError(f"{path} holds no scores of models: {_REMEDY}")
     return Results(str(title), data, settings, models)
 

@@ -23,7 +23,8 @@ def number(value: Any) -> float:
     """A logged value; nan for what is not a finite number, which metrics.jsonl has as null."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return float("nan")
-    return float(value) if np.isfinite(value) else float("nan")
+    # float() of a whole number of more than 308 digits, which JSON may hold, is an error
+    return float(value) if abs(value) < 1e308 else float("nan")
 
 
 def positions(run: Run, axis: str) -> Array:

@@ -83,6 +83,7 @@ def check_count(names: int) -> None:
 _BOTH = """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--ink);line-height:1.5;
+ overflow-wrap:break-word;
  font-family:system-ui,-apple-system,"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;
  font-size:15px;-webkit-text-size-adjust:100%}
 main{max-width:1140px;margin:0 auto;padding:40px 24px 64px}
@@ -111,6 +112,7 @@ td small{display:block;color:var(--soft);font-size:12.5px}
 td.key,code{font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;font-size:13px}
 .wrap{overflow-wrap:anywhere;min-width:13ch}
 .named{display:inline-flex;align-items:baseline}
+.long{overflow-wrap:anywhere;min-width:24ch;white-space:normal}
 .chip{flex:none;width:11px;height:11px;border-radius:3px;margin-right:8px}
 .sure{font-weight:650;color:var(--ink)}
 .missing{border:1px dashed var(--faint);border-radius:12px;padding:10px 20px;margin:14px 0;

@@ -13,6 +13,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder, atomic_write
 
 INDEX = "figures.json"  # tells a folder of ours from another
+ENDINGS = (".html", ".htm")
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ def write_report(
     Args:
         runs: run folders and results.json, or folders with one; `NAME=PATH` names a run. A model
             of results.json has a run's colour if it has its name or lies in its folder.
-        out: the page.
+        out: the page, .html or .htm.
         title: of the page; default: the names of the runs.
         axis: what curves are drawn over, "steps" or "tokens" seen.
         window: how many steps a smoothed curve averages, 1 or more; default: 2% of the steps.
 
     Errors: UserError for a path that is neither, broken files, two runs of one name, an `out` that
-    is something else, and without matplotlib.
+    is something else or has another ending, and without matplotlib.
     """
     if find_spec("matplotlib") is None:
         raise UserError("a report's figures need matplotlib: `pip install 'megatron-deft[report]'`")
@@ -92,15 +93,25 @@ def write_report(
 
 
 def _may_replace(out: Path, folder: Path) -> None:
-    """Errors: UserError when the page or the folder would replace what no report is."""
-    from megatron_deft.report.page import MARK
-
+    """Errors: UserError when page or folder would replace what no report is, or another is."""
     if out.is_dir():
         raise UserError(f"{out} is a folder: --out names the page, such as {out / 'report.html'}")
-    if out.exists() and MARK not in out.read_bytes()[:1000].decode("utf-8", "replace"):
+    if out.suffix.lower() not in ENDINGS:  # x.txt would have the figures of x.html
+        raise UserError(f"--out {out}: a page ends in {' or '.join(ENDINGS)}")
+    if out.exists() and not _is_report(out):
         raise UserError(f"{out} exists and is no report: choose another --out")
     if folder.exists() and not (folder / INDEX).is_file():
         raise UserError(f"{folder} exists and holds no report's figures: choose another --out")
+    for twin in map(out.with_suffix, ENDINGS):
+        if twin != out and twin.is_file() and _is_report(twin):
+            raise UserError(f"{folder} holds the figures of {twin}: choose another --out")
+
+
+def _is_report(page: Path) -> bool:
+    from megatron_deft.report.page import MARK
+
+    with open(page, "rb") as handle:
+        return MARK in handle.read(1000).decode("utf-8", "replace")
 
 
 def _version() -> str:

@@ -8,10 +8,16 @@ import torch
 from torch import Tensor, nn
 
 pytest.importorskip("accelerate", reason="pip install accelerate")
-from megatron_deft.errors import UserError
-from megatron_deft.integrations.transformers import (
-    compute_loss_func,
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+    TrainingArguments,
 )
+
+from megatron_deft.errors import UserError
+from megatron_deft.integrations.transformers import ObjectiveCallback, compute_loss_func
 from tests.oracle import SPECS, loss_and_grad
 
 
@@ -143,6 +149,31 @@ def test_dropped_tokens_leave_the_mean_where_their_number_is_known() -> None:
     assert sum(part.item() for part in parts) == pytest.approx(by_label)
 
 
+def test_an_encoder_decoder_is_refused() -> None:
+    """Its decoder is fed the labels shifted, so they stand where they are predicted."""
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(
+        T5Config(vocab_size=23, decoder_start_token_id=0, pad_token_id=0, **sizes)
+    )
+    labels = example()[1]
+    outputs, told = model(input_ids=labels.clamp(min=0), labels=labels), "is an encoder-decoder"
+    loss = compute_loss_func("deft")
+    with pytest.raises(UserError, match=told):
+        loss(outputs, labels)
+    with pytest.raises(UserError, match=told):  # a tuple does not say what it is from
+        loss((outputs.logits,), labels, trainer=SimpleNamespace(model=model))
+    callback, arguments = ObjectiveCallback(loss), TrainingArguments(use_cpu=True)
+    with pytest.raises(UserError, match=told):
+        callback.on_train_begin(arguments, None, None, model=model)
+    causal = LlamaForCausalLM(
+        LlamaConfig(vocab_size=23, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                    num_attention_heads=2)
+    )  # fmt: skip
+    callback.on_train_begin(arguments, None, None, model=causal)
+    outputs = causal(input_ids=labels.clamp(min=0))
+    assert loss(outputs, labels, trainer=SimpleNamespace(model=causal)).item() > 0
+
+
 def test_what_cannot_be_honoured_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, labels = example()
     loss = compute_loss_func("deft")
@@ -161,6 +192,9 @@ def test_what_cannot_be_honoured_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
         loss(balanced, labels, trainer=SimpleNamespace())
     with pytest.raises(UserError, match="loss_scale"):
         loss({"logits": logits}, labels, loss_scale=torch.ones(27))
+    smoothed = SimpleNamespace(args=TrainingArguments(label_smoothing_factor=0.1, use_cpu=True))
+    with pytest.raises(UserError, match=r"label_smoothing_factor=0\.1 has no effect"):
+        loss({"logits": logits}, labels, trainer=smoothed)
     split = SimpleNamespace(template=SimpleNamespace(sequence_parallel_size=2))
     with pytest.raises(UserError, match="sequence_parallel_size=2"):
         loss({"logits": logits}, labels, trainer=split)

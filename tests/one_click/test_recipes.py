@@ -8,8 +8,11 @@ import yaml
 
 from megatron_deft.config import RunConfig, load_config
 from megatron_deft.data.prepare.released import MATH, MEDICAL
-from megatron_deft.one_click.script import Experiment, configuration
+from megatron_deft.evaluation.log import labels_of
+from megatron_deft.objectives import OBJECTIVES, parse
+from megatron_deft.one_click.script import Experiment, configuration, file_name
 from megatron_deft.published import MODELS, RECIPES
+from tests.oracle import SPECS
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "configs"
 CASES = [
@@ -48,6 +51,18 @@ def test_a_recipe_is_a_configuration_that_can_run(
     config_of(smoke, tmp_path).validate(2, None)
     assert smoke.data != made.data  # a few rows are not taken for the data set later
     assert smoke.name != made.name
+
+
+def test_every_objective_names_a_model_that_can_be_evaluated() -> None:
+    written = {f"{name}({key}=0.5)" for name, row in OBJECTIVES.items() for key in row.parameters}
+    legal = {spec for spec in written if not spec.endswith(("floor=0.5)", "entropy=0.5)"))}
+    specs = sorted({*SPECS, *legal, "eaft(power=1, entropy=exact)", "tsallis(q=5e-1)"})
+    assert len(specs) > 20
+    for spec in specs:
+        made = experiment("deft", "math", "qwen-2.5-math-7b", objective=spec, smoke=True)
+        assert labels_of([Path("a")], [made.name]) == [made.name]
+    names = {parse(spec).spec: file_name(spec) for spec in specs}
+    assert len(set(names.values())) == len(names)  # no two objectives share a folder
 
 
 # learning rate, longest sample, samples of a micro-batch

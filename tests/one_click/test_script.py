@@ -1,5 +1,6 @@
 """The script: bash that quotes every word, goes on where it stopped, and runs the whole road."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deft.evaluation.arguments import EVALUATE
 from megatron_deft.one_click.command import main
 from tests.one_click.test_recipes import CASES
 
@@ -175,6 +177,24 @@ def test_choices_of_ones_own_have_names_of_their_own(tmp_path: Path) -> None:
     assert len(runs) == len(choices)
 
 
+@pytest.mark.parametrize("dataset", ["math", "medical", "figfont"])
+def test_smoke_asks_for_few_short_answers(dataset: str, bash: Bash, tmp_path: Path) -> None:
+    root, tests = tmp_path / "root", tmp_path / "test.jsonl"
+    tests.touch()
+    script = written(
+        root, "--smoke", "--dataset", dataset, "--model_save_name", "llama-3.1-8b",
+        "--test_data", str(tests),
+    )  # fmt: skip
+    code, calls, output = bash(script)
+    assert code == 0, output
+    parser = argparse.ArgumentParser()
+    EVALUATE[dataset][0](parser)
+    assert calls[-1][:3] == ["megatron-deft", "evaluate", dataset]
+    args = parser.parse_args(calls[-1][3:])
+    assert (args.limit, args.batch_size, args.max_new_tokens) == (2, 2, 32)
+    assert args.samples == (2 if dataset == "math" else None)  # the others ask once
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -187,6 +207,14 @@ def test_choices_of_ones_own_have_names_of_their_own(tmp_path: Path) -> None:
         (["--nproc_per_node", "0"], "at least 1"),
         (["--nproc_per_node", "3"], "train.global_batch"),
         (["--cuda_visible_devices", "0"], "fewer devices"),
+        (["--cuda_visible_devices", "0,0"], "--cuda_visible_devices 0,0 has a device twice"),
+        (["--cuda_visible_devices", "0, 0"], "a device twice"),
+        (["--cuda_visible_devices", ","], "--cuda_visible_devices ',': name devices, as in 0,1"),
+        (["--cuda_visible_devices", "0,1,"], "name devices"),
+        (["--cuda_visible_devices", ""], "name devices"),
+        (["--cuda_visible_devices", "0,-1"], "name devices"),
+        (["--script", "x.yaml"], "--script x.yaml: the run's configuration stands beside"),
+        (["--script", "a/x.YML"], "choose another ending, such as .sh"),
         (["--model_path", "nowhere"], "--model_path nowhere: nothing is there"),
         (["--data_source", "no such file"], "--data_source no such file"),
         (["--test_data", "nowhere"], "--test_data nowhere"),
@@ -196,8 +224,10 @@ def test_choices_of_ones_own_have_names_of_their_own(tmp_path: Path) -> None:
     ],
 )
 def test_mistakes_are_one_line(
-    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
     given = {"--dataset": "math", "--model_save_name": "qwen-2.5-math-7b"}
     given = {name: value for name, value in given.items() if name not in options}
     argv = [*options, *(word for pair in given.items() for word in pair)]

@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from megatron_deft.report import plots
+from megatron_deft.report import draw, plots
 from megatron_deft.report.plots import LeftOut, Part, Plot
 from megatron_deft.report.runs import Run, find, read_runs
 from megatron_deft.report.scores import read_results
-from tests.report.made import record, results, without_new, write_results, write_run
+from tests.report.made import interval, record, results, without_new, write_results, write_run
 
+SLOTS = {"base": None, "deft": 0}
 Lines = list[dict[str, Any]]
 
 
@@ -70,3 +71,30 @@ def test_figures_of_several_results_have_names_of_their_own(tmp_path: Path) -> N
     found = read_results([find(str(path)) for path in paths])
     made = [part for i, one in enumerate(found, 1) for part in plots.of_results(one, i, {})]
     assert [part.name for part in made] == ["scores", "scores_2", "pass_at_k_2"]
+
+
+def test_passes_of_nothing_begin_at_zero_and_end_with_a_tick(tmp_path: Path) -> None:
+    content = results(["base", "deft"], samples=12)
+    for model in content["models"].values():
+        model["scores"] = {key: interval(0.0, 0.0) for key in model["scores"]}
+    found = read_results([find(str(write_results(tmp_path / "results.json", content)))])[0]
+    (axes,) = draw.pass_curves(found, SLOTS).axes
+    assert axes.get_ylim() == (0.0, 1.0)
+    assert list(axes.get_xticks()) == [1, 2, 4, 8, 12]
+    for panel in draw.scores(found, SLOTS).axes:
+        assert panel.get_xlim() == (-0.16, 1.0)
+
+
+def test_ticks_of_pass_at_k_do_not_stand_on_one_another(tmp_path: Path) -> None:
+    for samples, ticks in ((2, [1, 2]), (9, [1, 2, 4, 9]), (33, [1, 2, 4, 8, 16, 33])):
+        path = write_results(tmp_path / "results.json", results(["base"], samples=samples))
+        (axes,) = draw.pass_curves(read_results([find(str(path))])[0], SLOTS).axes
+        assert list(axes.get_xticks()) == ticks
+        low, high = axes.get_ylim()
+        assert 0 < low < 20 < high
+
+
+def test_a_long_name_loses_its_middle() -> None:
+    assert draw.brief("a" * 40) == "a" * 40
+    assert draw.brief("a" * 30 + "b" * 30) == "a" * 20 + "\N{HORIZONTAL ELLIPSIS}" + "b" * 19
+    assert len(draw.brief("x" * 99, 21)) == 21

@@ -78,7 +78,12 @@ BROKEN = {
     "torn in the middle": (b'{"step": 1}\n{"st\n{"step": 3}\n', ":2 is not a line of metrics"),
     "no object": (b'[1]\n{"step": 2}\n', ":1 is not a line of metrics"),
     "no step": (b'{"loss": 1}\n{"step": 2}\n', ":1 is not a line of metrics"),
+    "a step of 400 digits": (b'{"step": 1%s}\n{"step": 2}\n' % (b"0" * 399), ":1 is not a line"),
     "no UTF-8": (b'\xff\xfe\n{"step": 2}\n', ":1 is not a line of metrics"),
+    "nonfinite is a number": (b'{"step": 4, "nonfinite": 5}\n', "nonfinite of step 4 is no list"),
+    "nonfinite is a word": (b'{"step": 1, "nonfinite": "loss"}\n', "is no list of metrics"),
+    "nonfinite is null": (b'{"step": 1, "nonfinite": null}\n', "is no list of metrics"),
+    "nonfinite of lists": (b'{"step": 1, "nonfinite": [["loss"]]}\n', "is no list of metrics"),
     "nothing but a torn line": (b'{"step": 1, "lo', "holds no step yet"),
 }
 

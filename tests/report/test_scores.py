@@ -16,7 +16,7 @@ from megatron_deft.report.scores import (
     shown,
     told_by_set,
 )
-from tests.report.made import results, write_results, write_run
+from tests.report.made import interval, results, write_results, write_run
 
 QUICKSTART = Path(__file__).parents[2] / "examples" / "results" / "quickstart.json"
 
@@ -50,14 +50,24 @@ def test_sets_and_pass_at_k(tmp_path: Path) -> None:
     assert metric_label("pass@4") == "pass@4"
 
 
+FINE = {"exact": interval(0.5)}
 BROKEN: dict[str, Any] = {
     "no JSON": "{",
     "a list": [1],
     "no models": {"task": "math", "models": {}},
     "no scores": {"task": "math", "models": {"base": {"path": "x"}}},
+    "empty scores": {"task": "math", "models": {"base": {"scores": {}}}},
+    "data is a list": {"data": [1], "task": "math", "models": {"base": {"scores": FINE}}},
+    "settings are a word": {"settings": "ab", "task": "math", "models": {"base": {"scores": FINE}}},
     "no interval": {"task": "math", "models": {"base": {"scores": {"exact": {"mean": 1}}}}},
     "scores that are numbers": {"task": "math", "models": {"base": {"scores": {"exact": 1}}}},
 }
+
+
+def test_the_intact_half_of_the_broken_ones(tmp_path: Path) -> None:
+    models = {"base": {"scores": FINE}, "later": {"scores": {}}}
+    path = write_results(tmp_path / "results.json", {"task": "math", "models": models})
+    assert [len(model.scores) for model in read(path)[0].models] == [1, 0]
 
 
 @pytest.mark.parametrize("name", BROKEN)

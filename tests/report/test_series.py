@@ -16,6 +16,7 @@ from megatron_deft.report.series import (
     landscapes,
     last_value,
     late,
+    number,
     positions,
     smooth,
     smoothing,
@@ -155,3 +156,9 @@ def test_entropy_limits_hold_every_distribution() -> None:
             low, high = entropy_limits(drawn, vocab)
             assert (share <= high + 1e-9).all()
             assert (share >= low - 1e-9).all()
+
+
+def test_what_is_no_finite_number_is_a_gap() -> None:
+    odd = [None, True, "1", [1], math.inf, -math.inf, math.nan, 10**400, -(10**400)]
+    assert all(math.isnan(number(value)) for value in odd)
+    assert [number(value) for value in (0, -1.5, 10**300)] == [0.0, -1.5, 1e300]

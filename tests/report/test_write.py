@@ -4,6 +4,7 @@ import argparse
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -67,6 +68,18 @@ class Page(HTMLParser):
 
     def figures(self) -> list[str | None]:
         return [found["id"] for tag, found in self.tags if tag == "figure"]
+
+
+class Texts(HTMLParser):
+    """The texts of a figure as they are read."""
+
+    def __init__(self, svg: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        self.feed(svg)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +187,51 @@ def test_scores_by_set_and_a_model_without_one(tmp_path: Path) -> None:
     assert text.count("<small>+10.0 ") == 1
 
 
+def test_a_single_set_is_not_repeated(tmp_path: Path) -> None:
+    path = write_results(tmp_path / "results.json", results(["base", "deft"], ("a",), 4))
+    report = write_report([path], tmp_path / "page.html")
+    page = Page(report.page)
+    assert len(page.tables) == 1
+    assert "by set" not in page.text
+    assert "mean of the sets" not in (report.folder / "pass_at_k.svg").read_text()
+
+
+def test_names_are_shown_as_they_are(two: list[Path], tmp_path: Path) -> None:
+    """None is read as mathematics, and none warns of letters that the pictures' font lacks."""
+    runs, models = ["cost_$5", "$x^$"], ["_hidden", "\N{CJK UNIFIED IDEOGRAPH-4E2D}"]
+    sets = (r"$\alpha$", "b")
+    path = write_results(tmp_path / "results.json", results(models, sets, 4))
+    named = [f"{name}={folder}" for name, folder in zip(runs, two, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = write_report([*named, path], tmp_path / "page.html")
+    shown = {"scores": models, "pass_at_k": [*models, *sets], **dict.fromkeys(FIGURES, runs)}
+    for figure, names in shown.items():
+        texts = Texts((report.folder / f"{figure}.svg").read_text()).texts
+        for name in names:
+            assert any(name in text for text in texts), (figure, name)
+
+
+def test_long_names_are_shortened_in_figures(two: list[Path], tmp_path: Path) -> None:
+    names = [f"{i}{'_and_so_on' * 17}" for i in range(2)]
+    content = results(names, (names[0], "b"), 4)
+    path = write_results(tmp_path / "results.json", content)
+    named = [f"{name}={folder}" for name, folder in zip(names, two, strict=True)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no layout collapsed
+        report = write_report([*named, path], tmp_path / "page.html", title="Long")
+    page = Page(report.page)
+    assert [row[0] for row in page.tables[0][1:]] == names
+    broken = [attributes["class"] for _, attributes in page.tags if "class" in attributes]
+    assert broken.count("named long") >= 4  # whole in tables, over several lines
+    assert broken.count("long") == 2
+    for figure in page.figures():
+        texts = Texts((report.folder / f"{figure}.svg").read_text()).texts
+        shortened = [text.strip() for text in texts if "\N{HORIZONTAL ELLIPSIS}" in text]
+        assert {text[:2] for text in shortened} >= {"0_"}, figure
+        assert max(map(len, shortened)) <= 62
+
+
 def test_runs_that_logged_less_than_others(two: list[Path], tmp_path: Path) -> None:
     old = write_run(tmp_path / "old", [without_new(record(step)) for step in range(1, 41)])
     report = write_report([old, two[0]], tmp_path / "page.html")
@@ -267,6 +325,20 @@ def test_nothing_else_is_replaced(two: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no report's figures"):
         write_report(two, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_two_pages_do_not_share_their_figures(two: list[Path], tmp_path: Path) -> None:
+    for name in ("page", "page.txt", "page.html.bak"):
+        with pytest.raises(UserError, match=r"a page ends in .html or .htm$"):
+            write_report(two, tmp_path / name)
+    path = write_results(tmp_path / "results.json", results(["base"]))
+    write_report([path], tmp_path / "page.html")
+    for name in ("page.htm", "page.HTML"):
+        with pytest.raises(UserError, match=r"page_figures holds the figures of .*page.html: cho"):
+            write_report([path], tmp_path / name)
+    (tmp_path / "page.htm").write_text("mine")  # no report, so it has no figures
+    write_report([path], tmp_path / "page.html")
+    assert write_report([path], tmp_path / "other.HTM").page.is_file()
 
 
 def test_without_matplotlib(two: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
