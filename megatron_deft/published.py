@@ -139,7 +139,7 @@ RECIPES: Mapping[str, Mapping[str, Recipe]] = {
             {
                 "qwen-2.5-math-1.5b": _model(5e-5, "qwen-boxed"),
                 "qwen-2.5-math-7b": _model(5e-5, "qwen-boxed"),
-                "llama-3.1-8b": _model(5e-5, "llama-base-boxed", template="llama3"),
+                "llama-3.1-8b": _model(2e-5, "llama-base-boxed", template="llama3"),
                 "deepseek-math-7b": _model(5e-5, "deepseek-math", template="deepseek"),
             },
             prepare=("--source", "AI-MO/NuminaMath-CoT", "--limit", "100000"),

@@ -53,6 +53,8 @@ def start_slowly(tmp_path: Path, *words: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # a shell starts what runs in the background deaf to Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 120
     while not (parts := list(tmp_path.glob(".set.parts-*/0*.npz"))) or len(parts) < 3:
