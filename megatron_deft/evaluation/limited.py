@@ -139,6 +139,8 @@ def _end(worker: _Worker) -> None:
 
 def _work(pipe: Connection, calls: Calls) -> None:
     """The life of a process: until its pipe is closed."""
+    # the parent ends it; also where somebody else has started the server that it forks from
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a handler would wait for the library's end
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     most = calls.limits.memory

@@ -8,11 +8,8 @@ from megatron.core import optimizer
 
 from megatron_deft.errors import UserError
 
-_GONE = {
-    "no_weight_decay_cond": None,
-    "scale_lr_cond": None,
-    "lr_mult": 1.0,
-}  # and defaults
+# the arguments, and what they are where they say nothing
+_GONE = {"no_weight_decay_cond": None, "scale_lr_cond": None, "lr_mult": 1.0}
 
 
 def mend_optimizer() -> None:

@@ -10,7 +10,6 @@ the tokenizer's.
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -50,12 +49,14 @@ def write_nemo(
     """
     settings = settings or RowSettings()
     tokenizer = load_tokenizer(tokenizer_folder, settings.template)
+    forms = {split: detect_format(settings, files[split]) for split in SPLITS}
     needs = sum(Path(file).stat().st_size for names in files.values() for file in names)
     found = {}
     with atomic_folder(out, overwrite, needs, f"{SPLITS[0]}.jsonl") as folder:
         for split in SPLITS:
             counts = Counts()
-            rows = _lines(tokenizer, files[split], settings, counts)
+            tokeniser = Tokeniser(tokenizer, settings, forms[split])
+            rows = _lines(tokeniser, files[split], counts)
             with open(folder / f"{split}.jsonl", "w", encoding="utf-8") as file:
                 written = 0
                 for line in tqdm(rows, split, unit=" rows", disable=None if progress else True):
@@ -68,14 +69,10 @@ def write_nemo(
     return found
 
 
-def _lines(
-    tokenizer: Any, files: Sequence[str], settings: RowSettings, counts: Counts
-) -> Iterator[dict[str, str]]:
-    form = detect_format(settings, files)
-    tokeniser = Tokeniser(tokenizer, settings, form)
-    needed, optional = columns_of(settings, form)
+def _lines(tokeniser: Tokeniser, files: Sequence[str], counts: Counts) -> Iterator[dict[str, str]]:
+    needed, optional = columns_of(tokeniser.settings, tokeniser.form)
     try:
-        for task in cut(files, [*needed, *optional], settings.limit):
+        for task in cut(files, [*needed, *optional], tokeniser.settings.limit):
             for row, rendered in tokeniser.rendered(task, counts):
                 try:
                     yield _line(rendered)

@@ -145,3 +145,11 @@ def test_command(tmp_path: Path, tiny_folder: Path, capsys: pytest.CaptureFixtur
     (other / "mine").touch()
     assert main([*words[:2], str(other), *words[3:], "--overwrite"]) == 2
     assert (other / "mine").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path, tiny_folder: Path) -> None:
+    file = write(tmp_path / "a.jsonl", COLUMNS)
+    files = {"training": [file], "validation": [str(tmp_path / "absent.parquet")]}
+    with pytest.raises(UserError, match=r"absent\.parquet"):
+        write_nemo(tmp_path / "nemo", files, tiny_folder)
+    assert not (tmp_path / "nemo").exists()
