@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from megatron_deft.errors import UserError
 from megatron_deft.loss.attach import Attachment, attach
 from megatron_deft.loss.metrics import METRICS, metric_sums
-from megatron_deft.loss.vocab_parallel import TokenStatistics
+from megatron_deft.loss.statistics import TokenStatistics
 from megatron_deft.objectives import Objective, parse
 
 if TYPE_CHECKING:

@@ -45,7 +45,8 @@ from transformers import TrainerCallback
 from megatron_deft.errors import UserError
 from megatron_deft.loss.metrics import METRICS, metric_sums
 from megatron_deft.loss.reduction import reduce_loss
-from megatron_deft.loss.vocab_parallel import TokenStatistics, token_loss
+from megatron_deft.loss.statistics import TokenStatistics
+from megatron_deft.loss.vocab_parallel import token_loss
 from megatron_deft.objectives import Objective, parse
 
 REDUCTIONS = ("token", "label")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from megatron_deft.errors import UserError
 from megatron_deft.loss.inputs import obstacle_to_single_read
-from megatron_deft.loss.vocab_parallel import TokenStatistics, token_loss
+from megatron_deft.loss.statistics import TokenStatistics
+from megatron_deft.loss.vocab_parallel import token_loss
 from megatron_deft.objectives import Objective, parse
 
 if TYPE_CHECKING:

@@ -85,23 +85,25 @@ def _rows_are_regular(logits: Tensor) -> bool:
 
 
 def shard_of(
-    logits: Tensor,
+    columns: int,
+    dtype: torch.dtype,
     labels: Tensor,
     objective: Objective,
     group: dist.ProcessGroup | None,
     vocab_size: int | None,
     ignore_index: int,
 ) -> Shard:
-    """Where this rank's columns lie in the vocabulary."""
+    """Where this rank's columns of logits of `dtype` lie in the vocabulary."""
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     if rank < 0:
         raise UserError("group: this process is not a member of the given process group")
-    columns = logits.shape[-1]
     vocab_size = columns * ranks if vocab_size is None else vocab_size
     if not isinstance(vocab_size, int):
         raise UserError(f"vocab_size: expected an int, got {vocab_size!r}")
     if ranks > 1:
-        _check_same_on_all_ranks(logits, labels, objective, vocab_size, ignore_index, group)
+        _check_same_on_all_ranks(
+            columns, dtype, labels, objective, vocab_size, ignore_index, group
+        )
     if not 0 < vocab_size <= columns * ranks:
         raise UserError(
             f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "
@@ -115,7 +117,8 @@ _agreed: set[tuple[dist.ProcessGroup | None, int, int]] = set()
 
 
 def _check_same_on_all_ranks(
-    logits: Tensor,
+    columns: int,
+    dtype: torch.dtype,
     labels: Tensor,
     objective: Objective,
     vocab_size: int,
@@ -127,15 +130,15 @@ def _check_same_on_all_ranks(
     Before any check that one rank alone could fail: the others would wait in the all-gather. The
     labels tell a data-parallel group, given by mistake, from a tensor-parallel one.
     """
-    key = (group, logits.shape[-1], vocab_size)
+    key = (group, columns, vocab_size)
     if key in _agreed or torch.compiler.is_compiling():
         return
     weights = torch.arange(1, labels.numel() + 1, device=labels.device)
     mine = {
-        "columns": logits.shape[-1],
+        "columns": columns,
         "vocab_size": vocab_size,
         "tokens": labels.numel(),
-        "dtype": str(logits.dtype),
+        "dtype": str(dtype),
         "objective": objective.spec,
         "ignore_index": ignore_index,
         "sum of the labels": int((labels.reshape(-1) * weights).sum()),

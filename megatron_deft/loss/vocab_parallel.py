@@ -8,7 +8,6 @@ With `grad_in_forward` the gradient is made together with the statistics while a
 read, one write in all), and the backward only multiplies the rows whose upstream is not 1.
 """
 
-from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -24,103 +23,8 @@ from megatron_deft.loss.inputs import (
     gate_of,
     shard_of,
 )
-from megatron_deft.objectives import Gate, Objective, Statistics, parse
-
-
-@dataclass(frozen=True)
-class TokenStatistics:
-    """What a call of `token_loss` saw, detached, each of the labels' shape (see `Statistics`).
-
-    loss, gate: fp32, the objective's; 0 where keep is false
-    keep:       bool, the tokens that count: neither ignored nor dropped by the objective's
-                threshold. A mean over tokens divides by their number.
-    """
-
-    loss: Tensor
-    gate: Tensor
-    keep: Tensor
-    logp: Tensor
-    p: Tensor
-    collision: Tensor
-    entropy: Tensor
-    is_argmax: Tensor
-    valid: Tensor
-
-
-@dataclass(frozen=True)
-class _Merged:
-    """Statistics over the whole vocabulary, [N] fp32, and the top logits [k, N] if asked for."""
-
-    row_max: Tensor
-    sum_exp: Tensor
-    logp: Tensor
-    collision: Tensor
-    entropy: Tensor
-    is_argmax: Tensor
-    top: Tensor | None
-
-
-def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """[rows, N] on each rank -> [ranks, rows, N] on every rank, in rank order."""
-    if group is None or dist.get_world_size(group) == 1:
-        return local[None]
-    ranks, (rows, tokens) = dist.get_world_size(group), local.shape
-    gathered = local.new_empty(ranks * rows, tokens)  # gloo wants the shards end to end
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered.view(ranks, rows, tokens)
-
-
-def merge(parts: Tensor, valid: Tensor) -> _Merged:
-    """Combine the shards' sums [ranks, 5 + k, N] into statistics of the whole row.
-
-    m_r are the shards' maxima and M theirs; a shard's sums are brought from m_r to M by
-    f = exp(m_r - M): S1 by f, S2 by f^2, and Sh = f (Sh_r + (m_r - M) S1_r). S1 - 1, which
-    `row_stats` gives, keeps its digits: the 1 that is left out belongs to the shard of the maximum.
-    """
-    shard_max, rest, s2, sh, target = parts[:, :5].unbind(1)
-    row_max, owner = shard_max.max(0)
-    shift = shard_max - row_max
-    factor = shift.exp()
-    # An empty or negligible shard has f = 0 and perhaps shift = -inf: its term is 0, not nan.
-    sh = (factor * (sh + shift * (1.0 + rest))).masked_fill(factor == 0, 0.0).sum(0)
-    rest = (factor * rest).sum(0) + factor.scatter(0, owner[None], 0.0).sum(0)
-    s1 = 1.0 + rest
-    s2 = (factor.square() * s2).sum(0)
-    target = target.sum(0)  # one rank owns the target, the others hold 0
-    top = None
-    if parts.shape[1] > 5:
-        k = parts.shape[1] - 5
-        top = parts[:, 5:].flatten(0, 1).topk(k, dim=0).values
-    return _Merged(
-        row_max=row_max,
-        sum_exp=s1,
-        logp=target - row_max - rest.log1p(),
-        collision=s2 / s1.square(),
-        entropy=rest.log1p() - sh / s1,
-        is_argmax=(target >= row_max) & valid,
-        top=top,
-    )
-
-
-def _topk_entropy(top: Tensor, valid: Tensor) -> Tensor:
-    """Entropy in nats of softmax over the k largest logits [k, N], largest first -> [N].
-
-    log1p of the others' sum, so that an entropy near 0 keeps its digits.
-    """
-    d = top[1:] - top[0]
-    e = d.exp()
-    others = e.sum(0)
-    entropy = others.log1p() - (e * d).masked_fill(e == 0, 0.0).sum(0) / (1.0 + others)
-    return entropy.masked_fill(~valid, 0.0)
-
-
-def _batch_mean(p: Tensor, valid: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean of p over the valid tokens of all ranks of `group`; 0 when there is none."""
-    total = torch.stack([p.sum(), valid.sum()])
-    if group is not None:
-        # every rank's tokens belong to the one batch whose mean the objective is defined on
-        dist.all_reduce(total, group=group)
-    return total[0] / total[1].clamp(min=1.0)
+from megatron_deft.loss.statistics import TokenStatistics, all_gather, combine, judge
+from megatron_deft.objectives import Gate, Objective, parse
 
 
 class _TokenLoss(torch.autograd.Function):
@@ -147,29 +51,17 @@ class _TokenLoss(torch.autograd.Function):
                 logits, labels, gate_in_forward, shard.valid, shard.ignore_index, inplace=inplace
             )
         # the softmax is over the whole vocabulary, of which every rank has reduced its slice
-        merged = merge(all_gather(local, shard.group), flat_valid)
-        p = merged.logp.exp().masked_fill(~flat_valid, 0.0)
-        loss, gate, keep = objective(
-            Statistics(
-                logp=merged.logp,
-                p=p,
-                collision=merged.collision,
-                entropy=merged.entropy,
-                is_argmax=merged.is_argmax,
-                valid=flat_valid,
-                topk_entropy=None if merged.top is None else _topk_entropy(merged.top, flat_valid),
-                mean_p=_batch_mean(p, flat_valid, batch_group) if objective.batch_mean else None,
-                vocab_size=shard.vocab_size,
-            )
-        )
+        sums = combine(all_gather(local, shard.group))
+        judged = judge(sums, flat_valid, objective, shard.vocab_size, batch_group)
         if gate_in_forward is None:
-            ctx.save_for_backward(logits, labels, merged.row_max, merged.sum_exp, merged.logp, gate)
+            ctx.save_for_backward(
+                logits, labels, judged.row_max, judged.sum_exp, judged.logp, judged.gate
+            )
         else:
             ctx.save_for_backward(grad, labels)
         ctx.shard, ctx.inplace = shard, inplace
         ctx.is_grad_made = gate_in_forward is not None
-        per_token = (loss, gate, keep, merged.logp, p, merged.collision, merged.entropy)
-        outputs = tuple(t.reshape(labels.shape) for t in (*per_token, merged.is_argmax))
+        outputs = tuple(t.reshape(labels.shape) for t in judged.outputs())
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
@@ -304,7 +196,9 @@ def token_loss(
     """
     objective = parse(objective)
     logits, labels = check_tensors(logits, labels, inplace_backward)
-    shard = shard_of(logits, labels, objective, group, vocab_size, ignore_index)
+    shard = shard_of(
+        logits.shape[-1], logits.dtype, labels, objective, group, vocab_size, ignore_index
+    )
     wrong = check_labels(labels, shard)
     check_batch_group(objective, batch_group)
     gate = gate_of(objective, shard, logits, grad_in_forward)

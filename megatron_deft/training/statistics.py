@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft.loss.metrics import METRICS, metric_sums, sum_over_ranks
-from megatron_deft.loss.vocab_parallel import TokenStatistics
+from megatron_deft.loss.statistics import TokenStatistics
 
 SUMS = ("objective", "denominator", "kept_tokens", "weight", *METRICS)
 HISTOGRAMS = {"gate": 10, "p": 20}  # bins over [0, 1]
