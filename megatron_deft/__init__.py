@@ -1,6 +1,7 @@
 """Gated fine-tuning objectives on megatron-core, with fused vocab-parallel kernels.
 
-`token_loss` works in plain PyTorch; `attach` makes a megatron-core model train with an objective.
+`token_loss` works in plain PyTorch, and so does `fused_linear_loss`, which takes hidden states and
+the head's weight instead of logits; `attach` makes a megatron-core model train with an objective.
 The names load on first use, so that `import megatron_deft` does not import torch.
 """
 
@@ -8,10 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "attach", "objectives", "reduce_loss", "token_loss"]
+__all__ = [
+    "__version__",
+    "attach",
+    "fused_linear_loss",
+    "objectives",
+    "reduce_loss",
+    "token_loss",
+]
 
 _HOMES = {
     "attach": "megatron_deft.loss.attach",
+    "fused_linear_loss": "megatron_deft.loss.fused_linear",
     "token_loss": "megatron_deft.loss.vocab_parallel",
     "reduce_loss": "megatron_deft.loss.reduction",
 }
@@ -19,6 +28,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from megatron_deft import objectives
     from megatron_deft.loss.attach import attach
+    from megatron_deft.loss.fused_linear import fused_linear_loss
     from megatron_deft.loss.reduction import reduce_loss
     from megatron_deft.loss.vocab_parallel import token_loss
 

@@ -1,5 +1,6 @@
 """What `token_loss` is given: checked, and described as the operators read it."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,80 @@ def check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tup
     return logits, labels.long()
 
 
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sequence_group: dist.ProcessGroup | None,
+) -> Tensor:
+    """Hidden states, a head's weight and labels that belong together; the labels in int64.
+
+    sequence_group: the ranks that share the first dimension of the hidden states, if they do
+    """
+    named = {"hidden": hidden, "weight": weight, "labels": labels}
+    for name, value in (named if bias is None else {**named, "bias": bias}).items():
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name}: expected a strided tensor, got {got}")
+        if value.device != weight.device:
+            raise UserError(f"{name}: expected device {weight.device}, got {value.device}")
+    if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
+        raise UserError(
+            "hidden, weight: expected [..., H] and [V_local, H], got "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if weight.dtype not in DTYPES or hidden.dtype != weight.dtype:
+        raise UserError(
+            f"hidden, weight: expected one dtype of {', '.join(str(d) for d in DTYPES)}, got "
+            f"{hidden.dtype} and {weight.dtype}; convert one of them"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise UserError(f"bias: expected shape {[weight.shape[0]]}, got {list(bias.shape)}")
+    expected = list(hidden.shape[:-1])
+    if sequence_group is not None:
+        if not expected:
+            raise UserError("sequence_parallel needs hidden states with a dimension to split")
+        expected[0] *= dist.get_world_size(sequence_group)
+    if list(labels.shape) != expected:
+        raise UserError(
+            f"labels: expected shape {expected} (of the hidden states of all ranks, without H), "
+            f"got {list(labels.shape)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise UserError(f"labels: expected int64 or int32, got {labels.dtype}; call .long()")
+    return labels.long()
+
+
+def check_numbers(softcap: float | None, chunk_tokens: int | None, kept_tokens: int | None) -> None:
+    """The numbers of `fused_linear_loss` that may be left out."""
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise UserError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
+    for name, value, least in (("chunk_tokens", chunk_tokens, 1), ("kept_tokens", kept_tokens, 0)):
+        if value is not None and not (isinstance(value, int) and value >= least):
+            raise UserError(f"{name}: expected an int >= {least} or None, got {value!r}")
+
+
+def check_token_weight(token_weight: Tensor | None, labels: Tensor, reduction: str) -> Tensor:
+    """The weights as [N] fp32; ones where there are none."""
+    if reduction not in ("sum", "none"):
+        raise UserError(f"reduction={reduction}: legal are sum, none")
+    if token_weight is None:
+        return torch.ones(labels.numel(), device=labels.device)
+    if reduction == "none":
+        raise UserError('token_weight: not with reduction="none"; multiply the losses by it')
+    if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
+        raise UserError(f"token_weight: expected a tensor of floats, got {token_weight!r}")
+    if token_weight.requires_grad:
+        raise UserError("token_weight is a constant and gets no gradient; call .detach()")
+    if token_weight.shape != labels.shape or token_weight.device != labels.device:
+        raise UserError(
+            f"token_weight: expected shape {list(labels.shape)} on {labels.device}, like the "
+            f"labels, got {list(token_weight.shape)} on {token_weight.device}"
+        )
+    return token_weight.reshape(-1).float()
+
+
 def _rows_are_regular(logits: Tensor) -> bool:
     """Whether the kernels can walk the rows [..., V], with two strides, and none overlap."""
     if logits.numel() == 0 or logits.is_contiguous():
@@ -101,9 +176,7 @@ def shard_of(
     if not isinstance(vocab_size, int):
         raise UserError(f"vocab_size: expected an int, got {vocab_size!r}")
     if ranks > 1:
-        _check_same_on_all_ranks(
-            columns, dtype, labels, objective, vocab_size, ignore_index, group
-        )
+        _check_same_on_all_ranks(columns, dtype, labels, objective, vocab_size, ignore_index, group)
     if not 0 < vocab_size <= columns * ranks:
         raise UserError(
             f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "

@@ -1,10 +1,13 @@
 """From the sums of vocabulary shards to what the objective says about every token.
 
-`row_stats` reduces a slice of each row of logits to 5 floats, and k more for the top k. Here they are
-put together, slice by slice and rank by rank, and the objective judges the tokens. All of it is
+`row_stats` reduces a slice of each row of logits to 5 floats, and k more for the top k. Here they
+are put together, slice by slice and rank by rank, and the objective judges the tokens. All of it is
 O(N) fp32.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +55,10 @@ class Judged:
     row_max: Tensor
     sum_exp: Tensor
 
+    def __getitem__(self, tokens: slice) -> Judged:
+        """Of some of the tokens."""
+        return Judged(**{name: value[tokens] for name, value in vars(self).items()})
+
     def outputs(self) -> tuple[Tensor, ...]:
         """In the order of `TokenStatistics`, whose last field is the caller's."""
         per_token = (self.loss, self.gate, self.keep, self.logp, self.p, self.collision)
@@ -66,6 +73,22 @@ def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     gathered = local.new_empty(ranks * rows, tokens)  # gloo wants the shards end to end
     dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
     return gathered.view(ranks, rows, tokens)
+
+
+def start_all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+    """Begin `all_gather`; calling what is returned waits for it and gives its result."""
+    if group is None or dist.get_world_size(group) == 1:
+        return lambda: local[None]
+    ranks, (rows, tokens) = dist.get_world_size(group), local.shape
+    local = local.contiguous()
+    gathered = local.new_empty(ranks * rows, tokens)
+    work = dist.all_gather_into_tensor(gathered, local, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return gathered.view(ranks, rows, tokens)
+
+    return wait
 
 
 def combine(parts: Tensor) -> Tensor:

@@ -1,0 +1,282 @@
+"""The matrix products of a language-model head in tiles: some tokens x some of the vocabulary.
+
+Logits are made a tile at a time, reduced to sums in the forward, turned into their gradient in the
+backward, and multiplied on at once into the gradients of hidden states and weight. No more of them
+exists than `Plan` says. Nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from megatron_deft import ops
+from megatron_deft.loss.inputs import Shard
+from megatron_deft.loss.statistics import Judged, combine
+
+CPU_CHUNK_BYTES = 16 * 2**20
+CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
+CPU_TILE_TOKENS, CPU_TILES = 512, 4
+
+Span = tuple[int, int]  # from, to
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many logits exist at a time: `tiles` of `tokens` x `columns`.
+
+    The bound is chunk_tokens rows of logits. A GPU computes whole rows, one tile of them: its
+    products are at full rate from a few thousand tokens on, and one tile has one launch of each. A
+    CPU computes many tokens x few columns, in the same memory: with few tokens its products move
+    the weights more than they compute (64 x 151936 takes a quarter more time than 512 x 2048).
+    """
+
+    chunk_tokens: int
+    tokens: int
+    columns: int
+    tiles: int
+
+    def in_rows(self, shards: int) -> Plan:
+        """Of whole rows; two tiles where the vocabulary is split, to gather behind a product."""
+        tokens = self.chunk_tokens if shards == 1 else max(1, self.chunk_tokens // 2)
+        return Plan(self.chunk_tokens, tokens, sys.maxsize, 1 if shards == 1 else 2)
+
+    def token_spans(self, tokens: int) -> list[Span]:
+        """The tiles' rows."""
+        return [(i, min(i + self.tokens, tokens)) for i in range(0, tokens, self.tokens)]
+
+    def column_spans(self, columns: int) -> list[Span]:
+        """The tiles' columns."""
+        return [(i, min(i + self.columns, columns)) for i in range(0, columns, self.columns)]
+
+
+def plan_of(
+    weight: Tensor,
+    tokens: int,
+    chunk_tokens: int | None = None,
+    softcap: float | None = None,
+) -> Plan:
+    """The tiles for `tokens` kept tokens and this rank's `weight` [V_local, H]."""
+    columns = weight.shape[0]
+    row_bytes = columns * tile_dtype(weight).itemsize
+    if softcap is not None:
+        row_bytes *= 2  # the derivative of the cap needs the logits beside their gradient
+    if chunk_tokens is None and weight.is_cuda:
+        chunk_tokens = max(CUDA_CHUNK_TOKENS, CUDA_CHUNK_BYTES // row_bytes)
+    elif chunk_tokens is None:
+        chunk_tokens = max(1, CPU_CHUNK_BYTES // row_bytes)
+    if weight.is_cuda or tokens <= chunk_tokens:
+        return Plan(chunk_tokens, chunk_tokens, columns, 1)
+    height = min(tokens, max(CPU_TILE_TOKENS, chunk_tokens // CPU_TILES))
+    width = max(1, chunk_tokens * columns // (height * CPU_TILES))
+    return Plan(chunk_tokens, height, width, CPU_TILES)
+
+
+@cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether the CPU has instructions for products of this 16-bit dtype, not an emulation."""
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return dtype == torch.float16 and torch.cpu._is_amx_fp16_supported()
+
+
+def tile_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype logits and their gradient have: the weight's, or fp32 where that is faster."""
+    if weight.is_cuda or _cpu_multiplies(weight.dtype):
+        return weight.dtype
+    return torch.float32
+
+
+@dataclass(frozen=True)
+class Head:
+    """hidden [N, H] and weight [V_local, H] of one dtype, labels [N] int64, bias [V_local] or None.
+
+    softcap: logits become softcap * tanh(logits / softcap) (Gemma 2), or None
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    labels: Tensor
+    shard: Shard
+    softcap: float | None
+    plan: Plan
+
+    @property
+    def rows(self) -> list[Span]:
+        """The tiles' rows."""
+        return self.plan.token_spans(self.hidden.shape[0])
+
+    @property
+    def columns(self) -> list[Span]:
+        """Of the real vocabulary alone: padding has no logits, and no gradient."""
+        return self.plan.column_spans(self.shard.valid)
+
+    def logits(self, row: Span, column: Span) -> Tensor:
+        """One tile."""
+        dtype = tile_dtype(self.weight)
+        columns = slice(*column)
+        bias = None if self.bias is None else self.bias[columns].to(dtype)
+        z = _linear(self.hidden[slice(*row)].to(dtype), self.weight[columns].to(dtype), bias)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def sums(self, z: Tensor, row: Span, column: Span, topk: int) -> Tensor:
+        """[5 + topk, N] of a tile, see `ops.reference.row_stats`."""
+        if column[0] == column[1]:
+            return self.no_sums(z.shape[0], topk)
+        start, width = self.shard.start + column[0], column[1] - column[0]
+        labels = self.labels[slice(*row)]
+        return ops.row_stats(z, labels, start, width, self.shard.ignore_index, topk)
+
+    def no_sums(self, tokens: int, topk: int) -> Tensor:
+        """The sums of a shard that is all padding."""
+        sums = torch.zeros(5 + topk, tokens, device=self.hidden.device)
+        sums[0], sums[1], sums[5:] = -torch.inf, -1.0, -torch.inf
+        return sums
+
+    def gradient(self, z: Tensor, row: Span, column: Span, judged: Judged, coeff: Tensor) -> Tensor:
+        """coeff * (p_i - 1[i = y]) of a tile, written over its logits; of before the softcap.
+
+        judged, coeff: of the tile's tokens
+        """
+        factor = None
+        if self.softcap is not None:
+            factor = torch.addcmul(z.new_ones(()), z, z, value=-1.0 / self.softcap**2)
+        z = ops.gate_grad(
+            z,
+            self.labels[slice(*row)],
+            judged.row_max.contiguous(),
+            coeff / judged.sum_exp,
+            coeff * judged.logp.expm1(),
+            self.shard.start + column[0],
+            column[1] - column[0],
+            self.shard.ignore_index,
+            inplace=True,
+        )
+        return z if factor is None else z.mul_(factor)
+
+
+class Tiles:
+    """The logits of a head, tile by tile; the last few stay until the backward asks for them."""
+
+    def __init__(self, head: Head, keep: bool) -> None:
+        self.head = head
+        self.limit = head.plan.tiles if keep else 0
+        self.kept: dict[tuple[Span, Span], Tensor] = {}
+
+    def sums(self, topk: int) -> Tensor:
+        """Of every row over this shard, [5 + topk, N]: the forward."""
+        head = self.head
+        if not head.rows or not head.columns:
+            return head.no_sums(head.hidden.shape[0], topk)
+        return torch.cat(
+            [
+                combine(torch.stack([self._sums_of_tile(row, c, topk) for c in head.columns]))
+                for row in head.rows
+            ],
+            dim=1,
+        )
+
+    def _sums_of_tile(self, row: Span, column: Span, topk: int) -> Tensor:
+        while self.kept and len(self.kept) >= self.limit:
+            del self.kept[next(iter(self.kept))]  # before the next one is made
+        z = self.head.logits(row, column)
+        if self.limit:
+            self.kept[row, column] = z
+        return self.head.sums(z, row, column, topk)
+
+    def gradients(self, judged: Judged, coeff: Tensor, into: Gradients) -> None:
+        """The backward. Kept tiles come first, so that they make room; the rest is made again."""
+        rows = self.head.rows[::-1]
+        for column in self.head.columns[::-1]:
+            block = into.block(column, len(rows))
+            for row in rows:
+                z = self.kept.pop((row, column), None)
+                if z is None:
+                    z = self.head.logits(row, column)
+                of = slice(*row)
+                z = self.head.gradient(z, row, column, judged[of], coeff[of])
+                into.add(self.head, z, row, column, block, first=row is rows[0])
+                del z  # before the next one is made
+            into.close(column, block)
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where the gradients of one head go; None where one is not wanted.
+
+    hidden: [N, H] fp32 zeros; or of hidden's dtype, where one tile spans the vocabulary
+    weight: [V_local, H], fp32 or 16-bit
+    bias:   [V_local] fp32, zeros or what is added to
+    adds:   weight holds something to add to (a main_grad); else it is uninitialised
+    """
+
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    adds: bool = False
+
+    def block(self, column: Span, products: int) -> Tensor | None:
+        """Where the products of a block of columns are summed: fp32, unless there is but one."""
+        if self.weight is None:
+            return None
+        place = self.weight[slice(*column)]
+        if place.dtype == torch.float32 or (products == 1 and not self.adds):
+            return place
+        return torch.empty_like(place, dtype=torch.float32)
+
+    def add(
+        self, head: Head, z: Tensor, row: Span, column: Span, block: Tensor | None, first: bool
+    ) -> None:
+        """Multiply a tile of the logits' gradient on; `first` of its block."""
+        rows, columns = slice(*row), slice(*column)
+        if self.hidden is not None:
+            add_product(self.hidden[rows], z, head.weight[columns].to(z.dtype))
+        if block is not None and self.weight is not None:
+            in_place = self.adds and block.dtype == self.weight.dtype
+            overwrite = first and not in_place
+            add_product(block, z.t(), head.hidden[rows].to(z.dtype), overwrite)
+        if self.bias is not None:
+            self.bias[columns] += z.sum(0, dtype=torch.float32)
+
+    def close(self, column: Span, block: Tensor | None) -> None:
+        """After a block's last tile: bring it to its place."""
+        if block is None or self.weight is None or block.dtype == self.weight.dtype:
+            return
+        place = self.weight[slice(*column)]
+        place.copy_(block.add_(place) if self.adds else block)
+
+
+def add_product(out: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> None:
+    """out += a @ b, or out = a @ b; summed in fp32 where out is fp32.
+
+    A 16-bit `out` is always overwritten: sums that are rounded again and again lose digits.
+    """
+    if out.dtype != torch.float32:
+        out.copy_(a @ b) if out.dtype != a.dtype else torch.mm(a, b, out=out)
+    elif a.dtype == torch.float32 and (out.is_cuda or a.stride(-1) != 1):
+        torch.addmm(out, a, b, beta=0 if overwrite else 1, out=out)
+    elif out.is_cuda:
+        beta = 0 if overwrite else 1
+        torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
+    else:
+        # for the CPU torch has no product of 16-bit factors in fp32
+        product = _linear(a, b.t(), None)
+        out.copy_(product) if overwrite else out.add_(product)
+
+
+def _linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """a @ weight.t() + bias. In fp32 on the CPU by oneDNN, where torch's own choice is MKL.
+
+    On AMD processors MKL takes a third more time for these shapes, and twice for few tokens. Its
+    product with a transposed left factor is the better one, and is left to it.
+    """
+    if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
+    return torch.nn.functional.linear(a, weight, bias)
