@@ -194,7 +194,7 @@ class Tiles:
     def gradients(self, judged: Judged, coeff: Tensor, into: Gradients) -> None:
         """The backward. Kept tiles come first, so that they make room; the rest is made again."""
         rows = self.head.rows[::-1]
-        for column in self.head.columns[::-1]:
+        for column in self.head.columns[::-1] if rows else ():  # a block without a product is empty
             block = into.block(column, len(rows))
             for row in rows:
                 z = self.kept.pop((row, column), None)
