@@ -115,7 +115,7 @@ def fused_linear_loss(
     if form == "forward":
         plan = plan.in_rows(1 if shard.is_whole else 2)
     head = Head(kept, weight, bias, flat, shard, softcap, plan)
-    job = Job(objective, batch_group, is_training, main_grad)
+    job = Job(objective, batch_group, is_training, weight if main_grad else None)
     with torch.autocast(weight.device.type, enabled=False):
         if form == "forward" and is_training:
             loss, *outputs = InForward.apply(kept, weight, bias, token_weight, head, job)
