@@ -11,7 +11,7 @@ from megatron_deft import fused_linear_loss, token_loss
 from megatron_deft.loss import linear_head
 from megatron_deft.objectives import parse
 from tests.loss import head_cases
-from tests.loss.head_cases import DTYPES, Case, Result, check_case, exact, fused, make, only
+from tests.loss.head_cases import DTYPES, Case, Result, check, exact, fused, make, only
 from tests.oracle import SPECS
 
 
@@ -45,7 +45,7 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
 def test_gradients_against_float64(spec: str, dtype: torch.dtype) -> None:
     case = make(dtype, tokens=123, vocab=507, padded=512)
     for layout in layouts(spec, dtype):
-        check_case(spec, case, fused(spec, case, **layout))
+        check(spec, case, fused(spec, case, **layout))
 
 
 @pytest.mark.parametrize("spec", ["nll", "cayley(floor=data_parallel)", "DEFT"])
@@ -55,7 +55,7 @@ def test_bias_and_softcap(spec: str, dtype: torch.dtype) -> None:
     both = make(dtype, tokens=31, bias=True, softcap=4.0)
     for case in (plain_case, capped, both):
         for layout in layouts(spec, dtype):
-            check_case(spec, case, fused(spec, case, **layout))
+            check(spec, case, fused(spec, case, **layout))
 
 
 @pytest.mark.parametrize("mode", ["reference", "native"])
@@ -66,7 +66,7 @@ def test_compiled_operators_and_their_twins(
     monkeypatch.setenv("MEGATRON_DEFT_OPS", mode)
     case = make(dtype, bias=True, softcap=4.0)
     for layout in layouts(spec, dtype):
-        check_case(spec, case, fused(spec, case, **layout))
+        check(spec, case, fused(spec, case, **layout))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8])
@@ -92,7 +92,7 @@ def test_chunk_boundaries_everywhere(
 def test_an_upstream_gradient_of_its_own_for_every_token(spec: str) -> None:
     case = make(torch.bfloat16)
     case = replace(case, upstream=torch.linspace(-2, 2, 23))
-    check_case(spec, case, fused(spec, case, reduction="none", chunk_tokens=5))
+    check(spec, case, fused(spec, case, reduction="none", chunk_tokens=5))
 
 
 @pytest.mark.parametrize("form", ["recompute", "forward"])
@@ -102,7 +102,7 @@ def test_a_scalar_upstream_other_than_one(form: str) -> None:
     loss, _ = fused_linear_loss(h, w, case.labels, vocab_size=123, form=form, chunk_tokens=4)
     (loss * -0.3).backward()
     scaled = replace(case, upstream=torch.full((23,), -0.3))
-    check_case("DEFT", scaled, Result(exact("DEFT", scaled).loss.float(), h.grad, w.grad, None))
+    check("DEFT", scaled, Result(exact("DEFT", scaled).loss.float(), h.grad, w.grad, None))
 
 
 FORMS = ["recompute", "forward"]
@@ -115,7 +115,7 @@ def test_few_kept_tokens_or_none(kept: list[int], of: torch.dtype, form: str) ->
     case = only(make(of, bias=True), kept)
     for chunk in (1, 3, 100):
         got = fused("DEFT", case, form=form, chunk_tokens=chunk)
-        check_case("DEFT", case, got)
+        check("DEFT", case, got)
         for grad in got if not kept else ():
             assert grad is not None
             assert bool((grad == 0).all())
@@ -185,7 +185,7 @@ def test_two_micro_batches_into_main_grad(dtype: torch.dtype, kind: torch.dtype)
         loss.backward()
         assert weight.grad_added_to_main_grad is True  # type: ignore[attr-defined]
         want = exact("DEFT", case)
-        check_case("DEFT", case, Result(want.loss.float(), hidden.grad, None, None))
+        check("DEFT", case, Result(want.loss.float(), hidden.grad, None, None))
         assert want.weight is not None
         truth += want.weight
     ours, theirs = weight.main_grad, plain_micro_batches(batches, start.clone())  # type: ignore[attr-defined]
@@ -240,7 +240,7 @@ def test_one_gradient_alone(wanted: str, form: str) -> None:
     loss.backward()
     grads = {name: leaf.grad for name, leaf in leaves.items()}
     assert [name for name, grad in grads.items() if grad is not None] == [wanted]
-    check_case("DEFT", case, Result(stats.loss, **grads))
+    check("DEFT", case, Result(stats.loss, **grads))
 
 
 def dyadic(dtype: torch.dtype, tokens: int = 30) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,7 +14,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.loss import linear_forms, linear_head
 from megatron_deft.loss.linear_forms import form_of
 from megatron_deft.objectives import parse
-from tests.loss.head_cases import Case, Result, check_case, exact, make
+from tests.loss.head_cases import Case, Result, check, exact, make
 
 FORMS = ["recompute", "forward"]
 
@@ -99,8 +99,8 @@ def test_recompute_is_right_a_second_time(monkeypatch: pytest.MonkeyPatch) -> No
         first = torch.autograd.grad(loss, (h, w), retain_graph=True)
         (2 * loss).backward()
         doubled = replace(case, upstream=2 * case.upstream)
-        check_case("DEFT", case, Result(exact("DEFT", case).loss.float(), *first, None))
-        check_case("DEFT", doubled, Result(exact("DEFT", case).loss.float(), h.grad, w.grad, None))
+        check("DEFT", case, Result(exact("DEFT", case).loss.float(), *first, None))
+        check("DEFT", doubled, Result(exact("DEFT", case).loss.float(), h.grad, w.grad, None))
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
 
@@ -156,7 +156,7 @@ def test_forward_does_not_mind() -> None:
         w.zero_()
         h.zero_()
     loss.backward()
-    check_case("DEFT", case, Result(exact("DEFT", case).loss.float(), h.grad, w.grad, None))
+    check("DEFT", case, Result(exact("DEFT", case).loss.float(), h.grad, w.grad, None))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -183,7 +183,7 @@ def test_saved_tensors_may_be_elsewhere_in_between() -> None:
         loss = call(case, h, w, main_grad=True)
     loss.backward()
     grad: Tensor = w.main_grad  # type: ignore[attr-defined]
-    check_case("DEFT", case, Result(exact("DEFT", case).loss.float(), h.grad, grad, None))
+    check("DEFT", case, Result(exact("DEFT", case).loss.float(), h.grad, grad, None))
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
