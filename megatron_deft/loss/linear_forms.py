@@ -114,7 +114,8 @@ class Recompute(torch.autograd.Function):
         _refuse_second_derivative()
         hidden, weight, bias, labels = ctx.saved_tensors
         head = Head(hidden, weight, bias, labels, *ctx.settings)
-        with torch.no_grad():
+        # the caller may run this under autocast, the forward's products were not
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
             grads = _room_for_gradients(head, ctx.needs_input_grad, ctx.parameter)
             coeff = upstream.float() * ctx.judged.gate
             Tiles(head, kept=ctx.kept).gradients(ctx.judged, coeff, grads)
