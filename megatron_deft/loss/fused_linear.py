@@ -15,10 +15,12 @@ from torch import Tensor
 
 from megatron_deft.errors import UserError
 from megatron_deft.loss.inputs import (
+    DTYPES,
     check_batch_group,
     check_head,
     check_labels,
     check_numbers,
+    check_strided,
     check_token_weight,
     shard_of,
 )
@@ -86,6 +88,7 @@ def fused_linear_loss(
     Without a gradient to make (no_grad) it is the forward of "recompute", and keeps no logits.
     """
     objective = parse(objective)
+    check_strided(weight=weight, hidden=hidden, labels=labels, bias=bias)
     hidden, weight, bias = _under_autocast(hidden, weight, bias)
     labels = check_head(hidden, weight, labels, bias, group if sequence_parallel else None)
     check_numbers(softcap=softcap, chunk_tokens=chunk_tokens, kept_tokens=kept_tokens)
@@ -115,7 +118,7 @@ def fused_linear_loss(
     if form == "forward":
         plan = plan.in_rows(1 if shard.is_whole else 2)
     head = Head(kept, weight, bias, flat, shard, softcap, plan)
-    job = Job(objective, batch_group, is_training, main_grad)
+    job = Job(objective, batch_group, is_training, weight if main_grad else None)
     with torch.autocast(weight.device.type, enabled=False):
         if form == "forward" and is_training:
             loss, *outputs = InForward.apply(kept, weight, bias, token_weight, head, job)
@@ -184,12 +187,12 @@ def _kept_rows(valid: Tensor, kept_tokens: int | None) -> Tensor | None:
 
 
 def _under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """Floating-point tensors in autocast's dtype, as a linear layer's are."""
-    first = tensors[0]
-    if not isinstance(first, Tensor) or not torch.is_autocast_enabled(first.device.type):
+    """In autocast's dtype, as a linear layer's are: all but float64 and integers."""
+    device = next(t.device.type for t in tensors if t is not None)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
-    dtype = torch.get_autocast_dtype(first.device.type)
-    return tuple(t if t is None else t.to(dtype) for t in tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in DTYPES else t for t in tensors)
 
 
 def _spread(values: Tensor, rows: Tensor | None, labels: Tensor) -> Tensor:

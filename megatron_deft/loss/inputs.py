@@ -64,6 +64,20 @@ def check_tensors(logits: Tensor, labels: Tensor, inplace_backward: bool) -> tup
     return logits, labels.long()
 
 
+def check_strided(**named: object) -> None:
+    """Strided tensors, on the device of the first; what is None was left out."""
+    device = None
+    for name, value in named.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            got = value.layout if isinstance(value, Tensor) else type(value).__name__
+            raise UserError(f"{name}: expected a strided tensor, got {got}")
+        device = device or value.device
+        if value.device != device:
+            raise UserError(f"{name}: expected device {device}, got {value.device}")
+
+
 def check_head(
     hidden: Tensor,
     weight: Tensor,
@@ -75,13 +89,6 @@ def check_head(
 
     sequence_group: the ranks that share the first dimension of the hidden states, if they do
     """
-    named = {"hidden": hidden, "weight": weight, "labels": labels}
-    for name, value in (named if bias is None else {**named, "bias": bias}).items():
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            got = value.layout if isinstance(value, Tensor) else type(value).__name__
-            raise UserError(f"{name}: expected a strided tensor, got {got}")
-        if value.device != weight.device:
-            raise UserError(f"{name}: expected device {weight.device}, got {value.device}")
     if weight.dim() != 2 or hidden.dim() == 0 or hidden.shape[-1] != weight.shape[1]:
         raise UserError(
             "hidden, weight: expected [..., H] and [V_local, H], got "
@@ -111,10 +118,10 @@ def check_head(
 
 def check_numbers(softcap: float | None, chunk_tokens: int | None, kept_tokens: int | None) -> None:
     """The numbers of `fused_linear_loss` that may be left out."""
-    if softcap is not None and not 0 < softcap < math.inf:
+    if softcap is not None and not (isinstance(softcap, int | float) and 0 < softcap < math.inf):
         raise UserError(f"softcap: expected a finite number > 0 or None, got {softcap!r}")
     for name, value, least in (("chunk_tokens", chunk_tokens, 1), ("kept_tokens", kept_tokens, 0)):
-        if value is not None and not (isinstance(value, int) and value >= least):
+        if value is not None and not (type(value) is int and value >= least):
             raise UserError(f"{name}: expected an int >= {least} or None, got {value!r}")
 
 
@@ -127,7 +134,8 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor, reduction: s
     if reduction == "none":
         raise UserError('token_weight: not with reduction="none"; multiply the losses by it')
     if not isinstance(token_weight, Tensor) or not token_weight.is_floating_point():
-        raise UserError(f"token_weight: expected a tensor of floats, got {token_weight!r}")
+        got = getattr(token_weight, "dtype", type(token_weight).__name__)
+        raise UserError(f"token_weight: expected a tensor of floats, got {got}")
     if token_weight.requires_grad:
         raise UserError("token_weight is a constant and gets no gradient; call .detach()")
     if token_weight.shape != labels.shape or token_weight.device != labels.device:

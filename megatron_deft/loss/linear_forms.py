@@ -73,12 +73,16 @@ def form_of(
 
 @dataclass(frozen=True)
 class Job:
-    """What both forms are asked for. `is_training`: a gradient is wanted."""
+    """What both forms are asked for.
+
+    is_training: a gradient is wanted
+    parameter:   the weight itself, if its gradient is added to its main_grad; else None
+    """
 
     objective: Objective
     batch_group: dist.ProcessGroup | None
     is_training: bool
-    main_grad: bool
+    parameter: Tensor | None
 
 
 class Recompute(torch.autograd.Function):
@@ -90,13 +94,16 @@ class Recompute(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Sums of all tiles, gathered, and judged."""
         shard = head.shard
-        tiles = Tiles(head, keep=job.is_training)
+        tiles = Tiles(head, limit=head.plan.tiles if job.is_training else 0)
         # the softmax is over the whole vocabulary, of which every rank has reduced its slice
         sums = combine(all_gather(tiles.sums(job.objective.topk), shard.group))
         valid = head.labels != shard.ignore_index
         judged = judge(sums, valid, job.objective, shard.vocab_size, job.batch_group)
-        ctx.save_for_backward(hidden, weight)  # so that a change before the backward is an error
-        ctx.tiles, ctx.judged, ctx.job = tiles, judged, job
+        # All that it reads again: a change before the backward is an error, and who keeps the loss
+        # beyond it keeps no activations.
+        ctx.save_for_backward(hidden, weight, bias, head.labels)
+        ctx.settings, ctx.kept = (shard, head.softcap, head.plan), tiles.kept
+        ctx.judged, ctx.parameter = judged, job.parameter
         outputs = judged.outputs()
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -105,13 +112,14 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """All tiles again, as gradients."""
         _refuse_second_derivative()
-        _, weight = ctx.saved_tensors
-        with torch.no_grad():
-            main_grad = weight.main_grad if ctx.job.main_grad else None
-            grads = _room_for_gradients(ctx.tiles.head, ctx.needs_input_grad, main_grad)
+        hidden, weight, bias, labels = ctx.saved_tensors
+        head = Head(hidden, weight, bias, labels, *ctx.settings)
+        # the caller may run this under autocast, the forward's products were not
+        with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
+            grads = _room_for_gradients(head, ctx.needs_input_grad, ctx.parameter)
             coeff = upstream.float() * ctx.judged.gate
-            ctx.tiles.gradients(ctx.judged, coeff, grads)
-            return *_handed_on(grads, ctx.tiles.head, main_grad), None, None
+            Tiles(head, kept=ctx.kept).gradients(ctx.judged, coeff, grads)
+            return *_handed_on(grads, _dtypes(hidden, weight, bias), ctx.parameter), None, None
 
 
 class InForward(torch.autograd.Function):
@@ -131,7 +139,7 @@ class InForward(torch.autograd.Function):
         wanted = ctx.needs_input_grad if job.is_training else (False, False, False)
         grads = _room_for_gradients(head, wanted, form="forward")
         outputs = _forward_in_chunks(head, job, token_weight, grads)
-        ctx.grads, ctx.head = grads, head
+        ctx.grads, ctx.dtypes = grads, _dtypes(hidden, weight, bias)
         total = (outputs[0] * token_weight).sum()
         ctx.mark_non_differentiable(*outputs)
         return total, *outputs
@@ -150,7 +158,7 @@ class InForward(torch.autograd.Function):
             for grad in (grads.hidden, grads.weight, grads.bias):
                 if grad is not None:
                     grad.mul_(upstream)
-            return *_handed_on(grads, ctx.head, None), None, None, None
+            return *_handed_on(grads, ctx.dtypes, None), None, None, None
 
 
 def _forward_in_chunks(
@@ -191,7 +199,7 @@ def _forward_in_chunks(
 
 
 def _room_for_gradients(
-    head: Head, wanted: Sequence[bool], main_grad: Tensor | None = None, form: str = "recompute"
+    head: Head, wanted: Sequence[bool], parameter: Tensor | None = None, form: str = "recompute"
 ) -> Gradients:
     """Where the gradients of hidden, weight and bias go, for those of the three that are wanted."""
     hidden = weight = bias = None
@@ -199,34 +207,36 @@ def _room_for_gradients(
         once = form == "recompute" and len(head.columns) == 1
         hidden = torch.zeros_like(head.hidden, dtype=head.hidden.dtype if once else torch.float32)
     if wanted[1]:
-        weight = main_grad
-        if main_grad is None:
+        if parameter is not None:
+            weight = parameter.main_grad  # type: ignore[attr-defined]
+        else:
             dtype = head.weight.dtype if form == "recompute" else torch.float32
             weight = torch.empty_like(head.weight, dtype=dtype)
             # what no tile reaches: the vocabulary's padding, or all where no token is kept
             weight[head.shard.valid if head.rows else 0 :].zero_()
     if wanted[2]:
         bias = head.weight.new_zeros(head.weight.shape[0], dtype=torch.float32)
-    return Gradients(hidden, weight, bias, adds=main_grad is not None)
+    return Gradients(hidden, weight, bias, adds=parameter is not None)
+
+
+def _dtypes(*tensors: Tensor | None) -> tuple[torch.dtype | None, ...]:
+    return tuple(t if t is None else t.dtype for t in tensors)
 
 
 def _handed_on(
-    grads: Gradients, head: Head, main_grad: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grads: Gradients, dtypes: Sequence[torch.dtype | None], parameter: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The gradients as autograd takes them, in the dtypes of what they belong to."""
     hidden, weight, bias = grads.hidden, grads.weight, grads.bias
-    if main_grad is not None and weight is not None:
+    if parameter is not None and weight is not None:
         # As megatron-core's own layer: the flag tells DistributedDataParallel that it is done, and
         # the tensor, which nobody reads, makes autograd call its hook. A weight that also embeds
         # gets its other gradient added to it, and has to have zeros.
-        head.weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-        is_read = getattr(head.weight, "zero_out_wgrad", False)
-        weight = (torch.zeros_like if is_read else torch.empty_like)(head.weight)
-    return (
-        None if hidden is None else hidden.to(head.hidden.dtype),
-        None if weight is None else weight.to(head.weight.dtype),
-        None if bias is None or head.bias is None else bias.to(head.bias.dtype),
-    )
+        parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+        is_read = getattr(parameter, "zero_out_wgrad", False)
+        weight = (torch.zeros_like if is_read else torch.empty_like)(parameter)
+    made = zip((hidden, weight, bias), dtypes, strict=True)
+    return tuple(grad if grad is None else grad.to(dtype) for grad, dtype in made)
 
 
 def _refuse_second_derivative() -> None:

@@ -8,7 +8,7 @@ exists than `Plan` says. Nothing here communicates.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 import torch
@@ -162,13 +162,13 @@ class Head:
         return z if factor is None else z.mul_(factor)
 
 
+@dataclass
 class Tiles:
-    """The logits of a head, tile by tile; the last few stay until the backward asks for them."""
+    """The logits of a head, tile by tile; the last `limit` stay, until the backward takes them."""
 
-    def __init__(self, head: Head, keep: bool) -> None:
-        self.head = head
-        self.limit = head.plan.tiles if keep else 0
-        self.kept: dict[tuple[Span, Span], Tensor] = {}
+    head: Head
+    limit: int = 0
+    kept: dict[tuple[Span, Span], Tensor] = field(default_factory=dict)
 
     def sums(self, topk: int) -> Tensor:
         """Of every row over this shard, [5 + topk, N]: the forward."""
@@ -194,7 +194,7 @@ class Tiles:
     def gradients(self, judged: Judged, coeff: Tensor, into: Gradients) -> None:
         """The backward. Kept tiles come first, so that they make room; the rest is made again."""
         rows = self.head.rows[::-1]
-        for column in self.head.columns[::-1] if rows else []:
+        for column in self.head.columns[::-1] if rows else ():  # a block without a product is empty
             block = into.block(column, len(rows))
             for row in rows:
                 z = self.kept.pop((row, column), None)
