@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_deft import fused_linear_loss
+from megatron_deft.errors import UserError
 from megatron_deft.loss import linear_head
 from tests.distributed import run_ranks
 from tests.loss.head_cases import (
@@ -239,3 +240,33 @@ def test_sequence_first_and_two_micro_batches_into_main_grad() -> None:
     case = cases(torch.float32)["odd"]
     doubled = replace(case, upstream=2 * case.upstream)
     check("DEFT", doubled, twice)
+
+
+def refused_on_ranks(rank: int, world: int) -> list[str]:
+    messages = []
+    given: dict[str, Any] = {
+        "hidden": torch.zeros(2, 3, 4), "weight": torch.zeros(8, 4),
+        "labels": torch.zeros(2, 3, dtype=torch.long),
+    }  # fmt: skip
+    calls: list[dict[str, Any]] = [
+        {"sequence_parallel": True},  # labels of this rank's tokens alone
+        {"hidden": torch.zeros(4), "labels": torch.tensor(0), "sequence_parallel": True},
+        {"objective": "cayley(floor=data_parallel)"},
+        {"vocab_size": 17},
+        {"labels": torch.full((2, 3), rank), "vocab_size": 15},  # another's tokens
+    ]
+    for options in calls:
+        with pytest.raises(UserError) as caught:
+            fused_linear_loss(**given | options, group=dist.group.WORLD)
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_bad_input_on_ranks() -> None:
+    for messages in run_ranks(2, refused_on_ranks):
+        sequence, scalar, mean, vocabulary, labels = messages
+        assert "labels: expected shape [4, 3] (of the hidden states of all ranks" in sequence
+        assert scalar == "sequence_parallel needs hidden states with a dimension to split"
+        assert "pass their process group as batch_group" in mean
+        assert "vocab_size: expected 1 to 16 (2 rank(s) x 8 columns), got 17" in vocabulary
+        assert "expected the same sum of the labels on every rank" in labels
