@@ -95,9 +95,11 @@ class Recompute(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """Sums of all tiles, gathered, and judged."""
         shard = head.shard
-        tiles = Tiles(head, limit=head.plan.tiles if job.is_training else 0)
+        tiles = Tiles(head)
         # the softmax is over the whole vocabulary, of which every rank has reduced its slice
-        sums = combine(all_gather(tiles.sums(job.objective.topk), shard.group))
+        sums = combine(
+            all_gather(tiles.sums(job.objective.topk, keep=job.is_training), shard.group)
+        )
         valid = head.labels != shard.ignore_index
         judged = judge(sums, valid, job.objective, shard.vocab_size, job.batch_group)
         # All that it reads again: a change before the backward is an error, and who keeps the loss

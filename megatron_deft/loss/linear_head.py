@@ -7,6 +7,7 @@ exists than `Plan` says. Nothing here communicates.
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -20,31 +21,31 @@ from megatron_deft.loss.statistics import Judged, combine
 
 CPU_CHUNK_BYTES = 16 * 2**20
 CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
-CPU_TILE_TOKENS, CPU_TILES = 512, 4
+CPU_TILE_TOKENS, CPU_PARTS = 512, 8
 ALIGNED = 64  # elements
 
 Span = tuple[int, int]  # from, to
+Tile = tuple[Span, Span]  # rows, columns
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How many logits exist at a time: `tiles` of `tokens` x `columns`.
+    """How many logits exist at a time: chunk_tokens rows of them, in tiles of tokens x columns.
 
-    The bound is chunk_tokens rows of logits. A GPU computes whole rows, one tile of them: its
-    products are at full rate from a few thousand tokens on, and one tile has one launch of each. A
-    CPU computes many tokens x few columns, in the same memory: with few tokens its products move
-    the weights more than they compute (64 x 151936 takes a quarter more time than 512 x 2048).
+    A GPU computes whole rows, one tile of them: its products are at full rate from a few thousand
+    tokens on, and one tile has one launch of each. A CPU computes many tokens x few columns, in the
+    same memory: with few tokens its products move the weights more than they compute (64 x 151936
+    takes a quarter more time than 512 x 2048), and with few columns the pieces of the weight and of
+    its gradient that go with a tile are small, too.
     """
 
     chunk_tokens: int
     tokens: int
     columns: int
-    tiles: int
 
-    def in_rows(self, shards: int) -> Plan:
-        """Of whole rows; two tiles where the vocabulary is split, to gather behind a product."""
-        tokens = self.chunk_tokens if shards == 1 else max(1, self.chunk_tokens // 2)
-        return Plan(self.chunk_tokens, tokens, sys.maxsize, 1 if shards == 1 else 2)
+    def in_rows(self, at_once: int) -> Plan:
+        """Of whole rows, in tiles of which so many exist at a time."""
+        return Plan(self.chunk_tokens, max(1, self.chunk_tokens // at_once), sys.maxsize)
 
     def token_spans(self, tokens: int) -> list[Span]:
         """The tiles' rows."""
@@ -64,17 +65,20 @@ def plan_of(
     """The tiles for `tokens` kept tokens and this rank's `weight` [V_local, H]."""
     columns = weight.shape[0]
     row_bytes = columns * tile_dtype(weight).itemsize
-    if softcap is not None:
-        row_bytes *= 2  # the derivative of the cap needs the logits beside their gradient
     if chunk_tokens is None and weight.is_cuda:
         chunk_tokens = max(CUDA_CHUNK_TOKENS, CUDA_CHUNK_BYTES // row_bytes)
     elif chunk_tokens is None:
         chunk_tokens = max(1, CPU_CHUNK_BYTES // row_bytes)
-    if weight.is_cuda or tokens <= chunk_tokens:
-        return Plan(chunk_tokens, chunk_tokens, columns, 1)
-    height = min(tokens, max(CPU_TILE_TOKENS, chunk_tokens // CPU_TILES))
-    width = max(1, chunk_tokens * columns // (height * CPU_TILES))
-    return Plan(chunk_tokens, height, width, CPU_TILES)
+    if softcap is not None:  # whose derivative lies beside the logits
+        chunk_tokens = max(1, chunk_tokens // 2)
+    if weight.is_cuda:
+        number = max(1, -(-tokens // chunk_tokens))
+        return Plan(chunk_tokens, max(1, -(-tokens // number)), columns)  # tiles of one height
+    part = max(1, chunk_tokens * columns // CPU_PARTS)
+    height = max(1, min(tokens, max(CPU_TILE_TOKENS, part // columns)))
+    # beside the tile, a product or a converted piece of the weight takes width x H
+    width = max(1, min(columns, part // height, part // max(1, weight.shape[1])))
+    return Plan(chunk_tokens, height, width)
 
 
 @cache
@@ -116,6 +120,16 @@ class Head:
     def columns(self) -> list[Span]:
         """Of the real vocabulary alone: padding has no logits, and no gradient."""
         return self.plan.column_spans(self.shard.valid)
+
+    def last_chunk(self) -> set[Tile]:
+        """The tiles at the end that make one chunk together."""
+        room, tiles = self.plan.chunk_tokens * self.weight.shape[0], set()
+        for row, column in itertools.product(self.rows[::-1], self.columns[::-1]):
+            room -= (row[1] - row[0]) * (column[1] - column[0])
+            if room < 0:
+                break
+            tiles.add((row, column))
+        return tiles
 
     def logits(self, row: Span, column: Span) -> Tensor:
         """One tile."""
@@ -165,32 +179,30 @@ class Head:
 
 @dataclass
 class Tiles:
-    """The logits of a head, tile by tile; the last `limit` stay, until the backward takes them."""
+    """The logits of a head, tile by tile; the last chunk stays until the backward takes it."""
 
     head: Head
-    limit: int = 0
-    kept: dict[tuple[Span, Span], Tensor] = field(default_factory=dict)
+    kept: dict[Tile, Tensor] = field(default_factory=dict)
 
-    def sums(self, topk: int) -> Tensor:
+    def sums(self, topk: int, keep: bool) -> Tensor:
         """Of every row over this shard, [5 + topk, N]: the forward."""
         head = self.head
         if not head.rows or not head.columns:
             return head.no_sums(head.hidden.shape[0], topk)
-        return torch.cat(
-            [
-                combine(torch.stack([self._sums_of_tile(row, c, topk) for c in head.columns]))
-                for row in head.rows
-            ],
-            dim=1,
-        )
-
-    def _sums_of_tile(self, row: Span, column: Span, topk: int) -> Tensor:
-        while self.kept and len(self.kept) >= self.limit:
-            del self.kept[next(iter(self.kept))]  # before the next one is made
-        z = self.head.logits(row, column)
-        if self.limit:
-            self.kept[row, column] = z
-        return self.head.sums(z, row, column, topk)
+        stays = head.last_chunk() if keep else set()
+        sums = []
+        for row in head.rows:
+            parts: list[Tensor] = []
+            for column in head.columns:
+                z = head.logits(row, column)
+                parts.append(head.sums(z, row, column, topk))
+                if (row, column) in stays:
+                    self.kept[row, column] = z
+                del z  # before the next one is made
+                if len(parts) == 16:  # tiles may be many, and their sums as large as a tile
+                    parts = [combine(torch.stack(parts))]
+            sums.append(combine(torch.stack(parts)))
+        return torch.cat(sums, dim=1)
 
     def gradients(self, judged: Judged, coeff: Tensor, into: Gradients) -> None:
         """The backward. Kept tiles come first, so that they make room; the rest is made again."""

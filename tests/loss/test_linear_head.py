@@ -1,6 +1,7 @@
 """The head in tiles: what a plan covers, what it costs in memory and in products."""
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_deft import fused_linear_loss
 from megatron_deft.loss import linear_head
-from megatron_deft.loss.linear_head import Plan, add_product, plan_of, tile_dtype
+from megatron_deft.loss.inputs import Shard
+from megatron_deft.loss.linear_head import Head, Plan, add_product, plan_of, tile_dtype
 from megatron_deft.objectives import parse
 from tests.loss.head_cases import HALF_UNIT, error
 
@@ -24,6 +26,11 @@ SIZES = [(1, 1, 1), (7, 5, 3), (23, 128, 1), (600, 5003, 3), (5000, 151_936, 27)
 def covered(spans: list[tuple[int, int]]) -> list[int]:
     assert all(start < end for start, end in spans)
     return [i for span in spans for i in range(*span)]
+
+
+def head_of(hidden: Tensor, weight: Tensor, plan: Plan, shard: Shard | None = None) -> Head:
+    shard = shard or Shard(0, len(weight), len(weight), -100, None)
+    return Head(hidden, weight, None, torch.zeros(len(hidden)).long(), shard, None, plan)
 
 
 def plans(tokens: int, vocab: int, chunk: int) -> Iterator[Plan]:
@@ -40,21 +47,42 @@ def test_tiles_cover_every_logit_once(tokens: int, vocab: int, chunk: int) -> No
 
 
 @pytest.mark.parametrize(("tokens", "vocab", "chunk"), SIZES)
-def test_tiles_are_no_more_than_a_chunk(tokens: int, vocab: int, chunk: int) -> None:
+def test_a_tile_is_a_part_of_a_chunk(tokens: int, vocab: int, chunk: int) -> None:
     """Save where a tile of one column, or of one row, is already more."""
-    for plan in plans(tokens, vocab, chunk):
-        tile = min(plan.tokens, tokens) * min(plan.columns, vocab)
-        least = min(plan.tokens, tokens) if plan.columns == 1 else 2 * vocab * (plan.tokens == 1)
-        assert plan.tiles * tile <= max(chunk * vocab, plan.tiles * least)
+    plan = plan_of(torch.empty(vocab, 2), tokens, chunk)
+    assert plan.columns == 1 or plan.tokens * plan.columns <= chunk * vocab / linear_head.CPU_PARTS
+    for at_once in (1, 2):
+        tokens = plan.in_rows(at_once).tokens
+        assert tokens == 1 or tokens * at_once <= chunk
 
 
-def test_few_tokens_are_one_tile_and_many_are_several() -> None:
+def kept_tiles(tokens: int, vocab: int, chunk: int) -> tuple[int, int]:
+    """Of logits: how many stay after the forward, and how many there are."""
+    head = head_of(
+        torch.empty(tokens, 2), torch.empty(vocab, 2), plan_of(torch.empty(vocab, 2), tokens, chunk)
+    )
+    last = head.last_chunk()
+    assert all(tile in itertools.product(head.rows, head.columns) for tile in last)
+    return sum((r[1] - r[0]) * (c[1] - c[0]) for r, c in last), tokens * vocab
+
+
+@pytest.mark.parametrize(("tokens", "vocab", "chunk"), SIZES)
+def test_a_chunk_stays_after_the_forward(tokens: int, vocab: int, chunk: int) -> None:
+    stays, _ = kept_tiles(tokens, vocab, chunk)
+    assert stays <= chunk * vocab
+    for count in {1, min(tokens, chunk), chunk}:  # all of them, where they fit
+        stays, there_are = kept_tiles(count, vocab, chunk)
+        assert stays == there_are
+
+
+def test_tiles_are_high_and_their_weights_no_larger() -> None:
     weight = torch.empty(5003, 2)
-    assert plan_of(weight, 99, 100) == plan_of(weight, 100, 100) == Plan(100, 100, 5003, 1)
-    plan = plan_of(weight, 101, 100)
-    assert (plan.tokens, plan.tiles) == (101, linear_head.CPU_TILES)
+    assert plan_of(weight, 101, 100).tokens == 101
     assert plan_of(weight, 10**6, 100).tokens == linear_head.CPU_TILE_TOKENS
-    assert plan_of(weight, 10**6, 10**4).tokens == 10**4 // linear_head.CPU_TILES
+    assert plan_of(weight, 10**6, 10**4).tokens == 10**4 // linear_head.CPU_PARTS
+    for size in (2, 64, 4096):
+        plan = plan_of(torch.empty(5003, size), 100, 100)
+        assert plan.columns * size <= 100 * 5003 / linear_head.CPU_PARTS
 
 
 @pytest.mark.parametrize("multiplies", [False, True])
@@ -229,11 +257,9 @@ def test_tiles_that_were_not_kept_are_the_fourth_product(monkeypatch: pytest.Mon
 def test_a_shard_of_padding_alone_has_no_sums(objective: str) -> None:
     """Neutral among other shards': maximum -inf, nothing to add."""
     topk = parse(objective).topk
-    head = linear_head.Head(
-        torch.randn(3, 2), torch.full((4, 2), torch.nan), None, torch.zeros(3, dtype=torch.long),
-        linear_head.Shard(8, 0, 8, -100, None), None, Plan(3, 3, 4, 1),
-    )  # fmt: skip
-    sums = linear_head.Tiles(head).sums(topk)
+    shard = Shard(8, 0, 8, -100, None)
+    head = head_of(torch.randn(3, 2), torch.full((4, 2), torch.nan), Plan(3, 3, 4), shard)
+    sums = linear_head.Tiles(head).sums(topk, keep=True)
     others = torch.randn(5 + topk, 3)
     others[1:4].abs_()
     others[5:] = others[5:].sort(0, descending=True).values
