@@ -47,9 +47,9 @@ class Softmax:
     ) -> None:
         """blocks: some rows each, logits [n, vocabulary] and labels [n], none of them ignored."""
         parts = [_reduce(logits, labels, topk) for logits, labels in blocks]
-        self.logp, self.collision, self.entropy, self.is_argmax, self.top_entropy = (
-            torch.cat(column) for column in zip(*parts, strict=True)
-        )
+        columns = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.logp, self.collision, self.entropy, self.is_argmax, *others = columns
+        self.top_entropy, self.logsumexp = others
         self.vocabulary = vocabulary
 
     def loss_and_gate(self, objective: str, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,14 +98,23 @@ class Reference:
 
 
 def _reduce(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, ...]:
-    """Of some rows: log p_y, collision probability, entropy, is_argmax, top-k entropy."""
-    log_probs = logits.double().log_softmax(-1)
+    """Of some rows: log p_y, collision, entropy, is_argmax, top-k entropy, log sum exp."""
+    logits = logits.double()
+    log_probs = logits.log_softmax(-1)
     target = log_probs.gather(1, labels[:, None])[:, 0]
+    logsumexp = logits.gather(1, labels[:, None])[:, 0] - target
     top = log_probs.topk(min(topk, logits.shape[1]), dim=-1).values.log_softmax(-1)
     is_argmax = target >= log_probs.amax(-1)
     probs = log_probs.exp()
     entropy = -log_probs.mul_(probs).sum(-1)
-    return target, probs.square_().sum(-1), entropy, is_argmax, -(top.exp() * top).sum(-1)
+    return (
+        target,
+        probs.square_().sum(-1),
+        entropy,
+        is_argmax,
+        -(top.exp() * top).sum(-1),
+        logsumexp,
+    )
 
 
 def tolerance(*dtypes: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""Loss and both gradients of every contender of `bench head` against float64, before it is timed.
+"""Loss and gradients of every contender of `bench head` against float64, before it is timed.
 
 What is allowed is twice the error that the plain formula makes in the head's own dtype: logits in
 it, an exact softmax of them, their gradient rounded to it, two products.
@@ -6,7 +6,8 @@ it, an exact softmax of them, their gradient rounded to it, two products.
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,107 +17,108 @@ from megatron_deft.benchmarks.check import Softmax, WrongResultError
 from megatron_deft.benchmarks.head_contenders import HeadOutcome, Rounding
 from megatron_deft.benchmarks.peers import IGNORE
 
-BLOCK = 1 << 24  # logits made in float64 at a time
+BLOCK = 1 << 24  # logits made at a time
+TOKENS, ENTRIES = 64, 2048  # whose gradients are compared: of the hidden states, of the weight
 FACTOR = 2.0  # times the plain formula's error
 LEAST = 2e-4  # allowed in any case, relative: what torch's own fp32 softmax needs
 
 
+class Slice(NamedTuple):
+    """The rows of the gradients that are compared, from one end to the other."""
+
+    tokens: Tensor
+    entries: Tensor
+
+
 class HeadReference:
-    """hidden [N, H], weight [V, H] of one dtype; labels [N], some of them ignored."""
+    """What objectives make of hidden [N, H] and weight [V, H] of one dtype.
+
+    labels: [N], none of them ignored; `verify` takes the same with some of them ignored
+    topk:   of the top-k entropy, 0 when no objective needs it
+    """
 
     def __init__(self, hidden: Tensor, weight: Tensor, labels: Tensor, topk: int = 0) -> None:
-        self.hidden, self.weight, self.labels = hidden, weight.detach(), labels
-        self.topk = topk
-        self._expected: dict[str, HeadOutcome] = {}
-        self._allowed: dict[tuple[str, Rounding], tuple[float, ...]] = {}
+        weight = weight.detach()
+        exact = weight.double()
+        self.plain = _Formula(hidden, weight, _softmax(hidden, weight, labels, topk))
+        hidden = hidden.double()
+        self.exact = _Formula(hidden, exact, _softmax(hidden, exact, labels, topk))
+        # every other one is an entry that is a label
+        others = _spread(weight.shape[0], ENTRIES // 2).to(labels.device)
+        named = labels[_spread(len(labels), ENTRIES // 2).to(labels.device)]
+        tokens = _spread(len(labels), TOKENS).to(labels.device)
+        self.slice = Slice(tokens, torch.cat([others, named]).unique())
 
-    def verify(self, outcome: HeadOutcome, objective: str, rounding: Rounding) -> None:
+    def verify(
+        self, outcome: HeadOutcome, objective: str, labels: Tensor, rounding: Rounding
+    ) -> None:
         """Errors: WrongResultError saying what is off, by how much."""
-        allowed = self.allowed(objective, rounding)
-        errors = relative_errors(outcome, self.expected(objective))
+        tokens, entries = self.slice
+        outcome = HeadOutcome(
+            outcome.loss, outcome.grad_hidden[tokens], outcome.grad_weight[entries]
+        )
+        want = self.exact(objective, labels, Rounding(), self.slice)
+        plain = relative_errors(self.plain(objective, labels, rounding, self.slice), want)
         names = ("loss", "gradient of hidden", "gradient of weight")
-        for name, error, limit in zip(names, errors, allowed, strict=True):
+        for name, error, of_plain in zip(names, relative_errors(outcome, want), plain, strict=True):
+            limit = max(LEAST, FACTOR * of_plain)
             if not error <= limit:  # nan is wrong too
                 raise WrongResultError(
                     f"{name}: relative error {error:.1e} against float64, {limit:.1e} allowed"
                 )
 
-    def expected(self, objective: str) -> HeadOutcome:
-        """float64."""
-        if objective not in self._expected:
-            hidden = self.hidden.double()
-            self._expected[objective] = _formula(
-                hidden, self._weight64, self._statistics64, objective, self.labels, Rounding()
-            )
-        return self._expected[objective]
 
-    def allowed(self, objective: str, rounding: Rounding) -> tuple[float, ...]:
-        """Relative errors of the three, see `relative_errors`."""
-        key = objective, rounding
-        if key not in self._allowed:
-            plain = _formula(
-                self.hidden, self.weight, self._statistics, objective, self.labels, rounding
-            )
-            errors = relative_errors(plain, self.expected(objective))
-            self._allowed[key] = tuple(max(LEAST, FACTOR * error) for error in errors)
-        return self._allowed[key]
+def _spread(count: int, most: int) -> Tensor:
+    return torch.linspace(0, count - 1, min(count, most)).long()
 
-    @cached_property
-    def _weight64(self) -> Tensor:
-        return self.weight.double()
 
-    @cached_property
-    def _statistics64(self) -> Softmax:
-        return self._reduce(self.hidden.double(), self._weight64)
+def _softmax(hidden: Tensor, weight: Tensor, labels: Tensor, topk: int) -> Softmax:
+    rows = max(1, BLOCK // weight.shape[0])
+    blocks = (
+        (F.linear(hidden[i : i + rows], weight), labels[i : i + rows])
+        for i in range(0, len(labels), rows)
+    )
+    return Softmax(blocks, weight.shape[0], topk)
 
-    @cached_property
-    def _statistics(self) -> Softmax:
-        return self._reduce(self.hidden, self.weight)
 
-    def _reduce(self, hidden: Tensor, weight: Tensor) -> Softmax:
-        """What the objectives look at, of logits in the dtype of the head."""
-        labels = self.labels.clamp(min=0)
-        rows = _rows(weight)
-        blocks = (
-            (F.linear(hidden[i : i + rows], weight), labels[i : i + rows])
-            for i in range(0, len(labels), rows)
+class _Formula(NamedTuple):
+    """Loss and gradients as they are written down, in the dtype of hidden and weight."""
+
+    hidden: Tensor
+    weight: Tensor
+    softmax: Softmax
+
+    def __call__(
+        self, objective: str, labels: Tensor, rounding: Rounding, of: Slice
+    ) -> HeadOutcome:
+        """Loss of all tokens, gradients of a slice."""
+        dtype = self.weight.dtype
+        loss, gate = self.softmax.loss_and_gate(objective, labels)
+        every = torch.arange(self.weight.shape[0], device=labels.device)
+
+        def of_logits(tokens: Tensor, entries: Tensor) -> Tensor:
+            logits = F.linear(self.hidden[tokens], self.weight[entries]).double()
+            grad = (logits - self.softmax.logsumexp[tokens, None]).exp_()
+            grad -= (labels[tokens, None] == entries).double()
+            grad *= gate[tokens, None]
+            return grad.to(rounding.logits_grad or dtype).to(dtype)
+
+        grad_hidden = of_logits(of.tokens, every) @ self.weight
+        return HeadOutcome(
+            loss.masked_fill(labels == IGNORE, 0.0),
+            grad_hidden,
+            self._of_weight(of_logits, of.entries, rounding.chunk),
         )
-        return Softmax(blocks, weight.shape[0], self.topk)
 
-
-def _rows(weight: Tensor) -> int:
-    return max(1, BLOCK // weight.shape[0])
-
-
-def _formula(
-    hidden: Tensor,
-    weight: Tensor,
-    statistics: Softmax,
-    objective: str,
-    labels: Tensor,
-    rounding: Rounding,
-) -> HeadOutcome:
-    """Loss and gradients by the plain formula, in the dtype of hidden and weight."""
-    dtype = weight.dtype
-    loss, gate = statistics.loss_and_gate(objective, labels)
-    grad_hidden = torch.empty_like(hidden)
-    # in float64, so that what is rounded is the products' sum and not those of this loop
-    sums = torch.zeros_like(weight, dtype=dtype if rounding.chunk else torch.float64)
-    rows = rounding.chunk or _rows(weight)
-    for i in range(0, len(labels), rows):
-        part = slice(i, i + rows)
-        grad = F.linear(hidden[part], weight).double().softmax(-1)
-        target = labels[part, None].clamp(min=0)
-        grad.scatter_add_(1, target, -torch.ones_like(grad[:, :1]))
-        grad.mul_(gate[part, None])
-        grad = grad.to(rounding.logits_grad or dtype).to(dtype)
-        grad_hidden[part] = grad @ weight
-        if rounding.chunk:
-            sums += grad.t() @ hidden[part]
-        else:
-            exact = torch.float64 if dtype == torch.float64 else torch.float32
-            sums += grad.t().to(exact) @ hidden[part].to(exact)
-    return HeadOutcome(loss.masked_fill(labels == IGNORE, 0.0), grad_hidden, sums.to(dtype))
+    def _of_weight(
+        self, of_logits: Callable[[Tensor, Tensor], Tensor], entries: Tensor, chunk: int | None
+    ) -> Tensor:
+        """The products of all tokens; `chunk`: of so many at a time, summed in the dtype."""
+        tokens = torch.arange(len(self.hidden), device=entries.device)
+        sums = torch.zeros_like(self.weight[entries])
+        for part in tokens.split(chunk or len(tokens)):
+            sums += of_logits(part, entries).t() @ self.hidden[part]
+        return sums
 
 
 def relative_errors(outcome: HeadOutcome, expected: HeadOutcome) -> tuple[float, float, float]:
