@@ -75,32 +75,41 @@ def _megabytes(value: int | None) -> str:
     return _shown(None if value is None else value / 1e6, "{:.1f}")
 
 
-def markdown(report: dict[str, Any], dtype: str) -> str:
-    """The README's table: the measured contenders of the plans of one dtype."""
-    rows = [row for row in report["rows"] if row["dtype"] == dtype and row["median_ms"]]
+def markdown(report: dict[str, Any]) -> str:
+    """The README's tables, one for each shape and dtype, with all contenders that were measured."""
+    plans: dict[str, list[Row]] = {}
+    for row in report["rows"]:
+        plan = HeadPlan(row["tokens"], row["hidden"], row["vocabulary"], row["dtype"])
+        if row["status"] == "measured":
+            plans.setdefault(plan.title, []).append(row)
+    return "\n\n".join(_markdown_table(title, rows) for title, rows in plans.items())
+
+
+def _markdown_table(title: str, rows: list[Row]) -> str:
     fractions = dict.fromkeys(row["ignored"] for row in rows)
     found = {(row["name"], row["ignored"]): row for row in rows}
-    named = [f"ms, {fraction:.0%} ignored" for fraction in fractions]
-    head = ["row", *named, "over logits-main-grad"]
-    head += ["peak, MB", "of the logits", "of logits-main-grad's"]
+    head = [title, *(f"ms, {fraction:.0%} ignored" for fraction in fractions)]
+    head += ["over the logits path", "peak, MB", "of its peak", "of the logits", "chunks"]
     lines = [head, ["---"] * len(head)]
     for name in dict.fromkeys(row["name"] for row in rows):
-        mine = [found[name, fraction] for fraction in fractions]
-        peak = mine[0]["peak_over"]
+        mine = [found.get((name, fraction), {}) for fraction in fractions]
+        times = [(row.get("median_ms"), row.get("iqr_ms")) for row in mine]
+        over = [row["time_over"]["logits-main-grad"] if row else None for row in mine]
+        worst = max(filter(None, mine), key=lambda row: row["peak_bytes"] or 0)
+        peak = worst["peak_over"]
         lines.append(
             [
                 f"`{name}`",
-                *(f"{row['median_ms']:.0f} ± {row['iqr_ms']:.0f}" for row in mine),
-                ", ".join(_shown(row["time_over"]["logits-main-grad"], "{:.2f}") for row in mine),
-                _megabytes(mine[0]["peak_bytes"]),
-                _shown(peak["logits_bytes"], "{:.2f}"),
+                *(f"{_shown(ms, '{:.0f}')} ± {_shown(iqr, '{:.0f}')}" for ms, iqr in times),
+                ", ".join(_shown(value, "{:.2f}") for value in over),
+                _megabytes(worst["peak_bytes"]),
                 _shown(peak["logits-main-grad"], "{:.2f}"),
+                _shown(peak["logits_bytes"], "{:.2f}"),
+                _shown(peak["chunk_bytes"], "{:.2f}"),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    measured = json.loads(Path(sys.argv[1]).read_text())
-    for kind in dict.fromkeys(row["dtype"] for row in measured["rows"]):
-        print(f"{kind}\n\n{markdown(measured, kind)}\n")
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())))
