@@ -54,7 +54,8 @@ METHOD = (
     "logits, their copies, the gradient of the hidden states, what sums are made in, and a "
     "temporary weight.grad beside main_grad. chunk_bytes: chunk_tokens rows of logits, of the "
     "plan that fused_linear_loss makes for the kept tokens. peak_bytes_at_twice: peak_bytes with "
-    "the same hidden states and labels twice."
+    "the same hidden states and labels twice; its budget leaves out hidden_gradient_bytes, what "
+    "their gradient takes, summed in fp32 and handed on in their own dtype."
 )
 
 
@@ -213,6 +214,7 @@ def _row(
         "logits_bytes": plan.tokens * plan.vocabulary * weight.itemsize,
         "chunk_tokens": chunk_tokens if contender.is_fused else None,
         "chunk_bytes": None,
+        "hidden_gradient_bytes": plan.tokens * plan.hidden * sum({4, weight.itemsize}),
         "peak_bytes": None,
         "peak_bytes_at_twice": None,
         "peak_over": dict.fromkeys(("logits_bytes", "chunk_bytes", *BASELINES)),
