@@ -22,7 +22,7 @@ LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # hidden, weight, labels ->
 
 
 class HeadOutcome(NamedTuple):
-    """What a contender computed, or None where it is no loss.
+    """What a contender computed.
 
     loss:        [N] of every token, or a scalar, their sum
     grad_hidden: [N, H]
@@ -49,8 +49,8 @@ class Rounding(NamedTuple):
 class HeadContender:
     """A row of the table.
 
-    prepare:     (weight [V, H], labels [N]) -> run(hidden [N, H]) -> HeadOutcome or, where it is
-                 no loss, None. What `prepare` does is not timed
+    prepare:     (weight [V, H], labels [N]) -> run(hidden [N, H]) -> HeadOutcome; of what is no
+                 loss, anything. What `prepare` does is not timed
     objective:   of which the outcome must be the loss and gradients; None: there is no outcome
     gradient_in: where the weight's gradient goes, MAIN_GRAD or GRAD
     is_fused:    ours without the logits, whose memory is told in chunks
