@@ -4,6 +4,7 @@
 # make test-nemo    NeMo 2's checkpoints, recipes and training loop, in an environment of its own
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
+# make bench-head   time and memory of the language-model head with its loss, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
 # make bench-data   tokenising, loading, opening and packing of data, into RESULT; FigFont, and MATH=FILE...
 # All install what they need into .venv. Choose another python or torch with
@@ -14,7 +15,7 @@ TRANSFORMERS4 ?= transformers==4.57.*
 VENV ?= .venv
 VENV4 ?= .venv-transformers4
 NEMO_VENV ?= .venv-nemo
-NAMED := $(patsubst bench-%,%-,$(filter bench-convert bench-data,$(MAKECMDGOALS)))
+NAMED := $(patsubst bench-%,%-,$(filter bench-head bench-convert bench-data,$(MAKECMDGOALS)))
 RESULT ?= tools/bench_results/$(NAMED)cpu.json
 DISK ?= .
 MATH ?=
@@ -23,7 +24,7 @@ BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test test-transformers4 nemo-environment test-nemo lint format bench bench-convert bench-data clean
+.PHONY: install quickstart test test-transformers4 nemo-environment test-nemo lint format bench bench-head bench-convert bench-data clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -85,6 +86,9 @@ format: install
 
 bench: install
 	$(BIN)/python tools/bench_loss.py --device cpu --json $(RESULT)
+
+bench-head: install
+	$(BIN)/megatron-deft bench head --device cpu --json $(RESULT)
 
 bench-convert: install
 	$(BIN)/megatron-deft bench convert --shape 8b --dir $(DISK) --json $(RESULT)

@@ -19,7 +19,7 @@ COMMANDS = (
     ["prepare", "chat"], ["prepare", "pretrain"], ["inspect", "data"], ["tiny"], ["train"],
     ["convert", "import"], ["convert", "export"], ["convert", "verify"], ["convert", "inspect"],
     ["evaluate", "figfont"],
-    ["bench", "loss"], ["bench", "convert"], ["doctor"],
+    ["bench", "loss"], ["bench", "head"], ["bench", "convert"], ["doctor"],
 )  # fmt: skip
 HEAVY = ("torch", "megatron", "transformers", "numpy", "pyarrow")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deft.benchmarks.head_report import markdown
 from megatron_deft.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +66,8 @@ def test_every_command_parses() -> None:
 
 
 @pytest.mark.parametrize(
-    "make_target", ["quickstart", "test", "test-transformers4", "lint", "bench", "bench-convert"]
+    "make_target",
+    ["quickstart", "test", "test-transformers4", "lint", "bench", "bench-head", "bench-convert"],
 )
 def test_make_targets_exist(make_target: str) -> None:
     assert re.search(rf"^{make_target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -136,3 +138,10 @@ def test_benchmark_figures_are_the_committed_measurement() -> None:
     for name in ("row_stats", "gate_grad", "read", "copy"):
         text = README.replace("\n", " ")
         assert re.search(rf"`{name}` (took )?{rows[name]['median_ms']:.1f}", text), name
+
+
+def test_head_figures_are_the_committed_measurement() -> None:
+    recorded = json.loads((ROOT / "tools" / "bench_results" / "head-cpu.json").read_text())
+    assert recorded["complete"]
+    assert not recorded["wrong"]
+    assert f"\n{markdown(recorded)}\n" in README

@@ -6,19 +6,20 @@ usage() {
     cat <<'TEXT'
 usage: tools/gpu_suite.sh [--wheels DIR] [--out DIR]
 
-Run on a machine with a GPU, from a copy of the repository; needs no network, and at most 9 minutes:
+Run on a machine with a GPU, from a copy of the repository; needs no network, and at most 10 minutes:
 
   1. install the wheels in DIR (megatron-core, liger-kernel and what they need), if given
   2. build the extension for this GPU, in place
   3. pytest tests/gpu
   4. compute-sanitizer memcheck and racecheck over the operators at small shapes
   5. megatron-deft bench loss --device cuda
+  6. megatron-deft bench head --device cuda
 
 A stage that fails does not stop the later ones; the last lines say how each ended.
 
   --wheels DIR  *.whl files; they are installed beside the environment, not into it
-  --out DIR     for GPU-DATE.json (the measurements) and gpu_suite.log [$OUT, else
-                tools/bench_results]
+  --out DIR     for GPU-DATE.json and head-GPU-DATE.json (the measurements) and gpu_suite.log
+                [$OUT, else tools/bench_results]
   -h, --help    show this
 
 PYTHON names the interpreter [python3]: it needs a torch with CUDA, pytest, ninja and setuptools.
@@ -195,10 +196,15 @@ for tool in memcheck racecheck; do
     fi
 done
 
-json="$out/${name//[^A-Za-z0-9._-]/-}-$(date -u +%Y-%m-%d).json"
-attempt benchmark 190 "$python" tools/bench_loss.py --device cuda --json "$json"
+result="${name//[^A-Za-z0-9._-]/-}-$(date -u +%Y-%m-%d).json"
+attempt benchmark 190 "$python" tools/bench_loss.py --device cuda --json "$out/$result"
 verdict benchmark 95
-[[ ! -f $json ]] || echo "gpu_suite: measurements: $json"
+attempt head 60 "$python" -m megatron_deft bench head --device cuda --repetitions 10 \
+    --json "$out/head-$result"
+verdict head 60
+for json in "$out/$result" "$out/head-$result"; do
+    [[ ! -f $json ]] || echo "gpu_suite: measurements: $json"
+done
 
 echo "gpu_suite: $name, ${SECONDS} s in all"
 printf '  %s\n' "${results[@]}"

@@ -51,19 +51,89 @@ def plans(device: str, shapes: list[str] | None, dtypes: list[str] | None) -> li
 
 def parse_shape(text: str) -> tuple[int, int]:
     """(tokens, vocabulary) of "512x151936"."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None or min(int(match[1]), int(match[2])) < 1:
-        raise UserError(f"--shape {text}: expected TOKENSxVOCABULARY, such as 512x151936")
-    return int(match[1]), int(match[2])
+    tokens, vocabulary = _sizes(text, "TOKENSxVOCABULARY", "512x151936")
+    return tokens, vocabulary
+
+
+def parse_head_shape(text: str) -> tuple[int, int, int]:
+    """(tokens, hidden size, vocabulary) of "512x512x151936"."""
+    tokens, hidden, vocabulary = _sizes(text, "TOKENSxHIDDENxVOCABULARY", "512x512x151936")
+    return tokens, hidden, vocabulary
+
+
+def _sizes(text: str, names: str, example: str) -> list[int]:
+    sizes = [int(size) for size in text.split("x")] if re.fullmatch(r"\d+(x\d+)+", text) else []
+    if len(sizes) != len(names.split("x")) or min(sizes) < 1:
+        raise UserError(f"--shape {text}: expected {names}, such as {example}")
+    return sizes
+
+
+class HeadPlan(NamedTuple):
+    """One interleaved run: hidden states [tokens, hidden] and a head [vocabulary, hidden].
+
+    ignored: fractions of the tokens whose label is ignored
+    """
+
+    tokens: int
+    hidden: int
+    vocabulary: int
+    dtype: str
+    ignored: tuple[float, ...] = (0.0, 0.5)
+
+    @property
+    def title(self) -> str:
+        """Such as "512 x 512 x 151936 bf16"."""
+        return f"{self.tokens} x {self.hidden} x {self.vocabulary} {self.dtype}"
+
+
+# A tiny Llama's head; Llama 3.1 8B's, and the same with four times the tokens, for the memory.
+HEAD_PLANS = {
+    "cpu": tuple(HeadPlan(512, 512, 151936, dtype) for dtype in ("bf16", "fp32")),
+    "cuda": (
+        HeadPlan(4096, 4096, 128256, "bf16"),
+        HeadPlan(16384, 4096, 128256, "bf16", (0.5,)),
+    ),
+}
+
+
+def head_plans(
+    device: str,
+    shapes: list[str] | None,
+    dtypes: list[str] | None,
+    ignored: list[float] | None = None,
+) -> list[HeadPlan]:
+    """The runs that the arguments ask for; with neither shape nor type, the device's own list."""
+    runs = list(HEAD_PLANS[device])
+    if shapes or dtypes:
+        given = [parse_head_shape(shape) for shape in shapes or ()]
+        sizes = given or list(dict.fromkeys((r.tokens, r.hidden, r.vocabulary) for r in runs))
+        runs = [HeadPlan(n, h, v, dtype) for n, h, v in sizes for dtype in dtypes or ("bf16",)]
+    if ignored is not None:
+        runs = [run._replace(ignored=tuple(dict.fromkeys(ignored))) for run in runs]
+    return runs
 
 
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench loss`; a value of None means the device's default."""
     add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), help="where to measure [cuda when there is one]")
     add("--shape", action="append", metavar="TOKENSxVOCAB", help="of the logits; repeatable")
     add("--dtype", action="append", choices=DTYPES, help="of the logits; repeatable [bf16]")
     add("--objective", default="deft", help="what token_loss computes beside nll [deft]")
+    _add_measurement_arguments(parser)
+
+
+def add_head_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench head`; a value of None means the device's default."""
+    add = parser.add_argument
+    add("--shape", action="append", metavar="TOKENSxHIDDENxVOCAB", help="repeatable")
+    add("--dtype", action="append", choices=DTYPES, help="of hidden states and weight; repeatable")
+    add("--objective", default="deft", help="what ours compute; others compute nll [deft]")
+    _add_measurement_arguments(parser)
+
+
+def _add_measurement_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), help="where to measure [cuda when there is one]")
     add(
         "--ignored", action="append", type=float, metavar="FRACTION",
         help="of tokens whose label is ignored; repeatable [0 and 0.5]",
@@ -117,6 +187,14 @@ BENCHMARKS = {
         "megatron-core, Liger and TransformerEngine, interleaved in one run. Every contender is "
         "checked against float64 first; with --json everything measured is kept.",
         "--shape 512x32000",
+    ),
+    "head": Benchmark(
+        add_head_arguments,
+        "Measure the language-model head with its loss, from hidden states to the gradients of "
+        "hidden states and weight: time and memory of fused_linear_loss beside the path over the "
+        "logits, megatron-core and Liger, interleaved in one run. Every contender is checked "
+        "against float64 first; with --json everything measured is kept.",
+        "--shape 256x512x32000 --dtype bf16",
     ),
     "convert": Benchmark(
         add_convert_arguments,

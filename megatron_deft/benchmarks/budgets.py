@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
-from megatron_deft.benchmarks.arguments import Plan
+from megatron_deft.benchmarks.arguments import HeadPlan, Plan
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, float], Row]  # of one plan, by contender and ignored fraction
+
+
+class Measure(Protocol):
+    """What a budget is about: a number out of the rows of one plan."""
+
+    @property
+    def of(self) -> tuple[str, ...]:
+        """The contenders it is about."""
+
+    def __call__(self, rows: Rows) -> float | None:
+        """None where a part of it was not measured."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,11 @@ class Budget:
     """
 
     name: str
-    measure: Speedup | Extra | CopyShare | HalfIgnored
+    measure: Measure
     required: float
     device: str
     at_least: bool = True
-    plan: Plan | None = None
+    plan: Plan | HeadPlan | None = None
     threads: int | None = None
 
     def concerns(self, rows: Rows) -> bool:
@@ -126,20 +138,28 @@ BUDGETS = (
 )  # fmt: skip
 
 
-def judge(measured: dict[Plan, Rows], device: str, threads: int, objective: str) -> list[Row]:
+def judge(
+    measured: Mapping[Any, Rows],
+    device: str,
+    threads: int,
+    objective: str,
+    budgets: tuple[Budget, ...] = BUDGETS,
+) -> list[Row]:
     """The budgets of a device, each for every plan it is set for.
 
     measured: by plan; the budgets speak of DEFT, so of another objective they say "not measured"
     """
     lines = []
-    for budget in BUDGETS:
+    for budget in budgets:
         if budget.device != device:
             continue
         asked = objective == "deft" and budget.threads in (None, threads)
         rows_of = {
             plan: rows
             for plan, rows in measured.items()
-            if asked and (plan == budget.plan or not budget.plan) and budget.concerns(rows)
+            if asked
+            and (not budget.plan or plan.title == budget.plan.title)
+            and budget.concerns(rows)
         }
         suffix = f", {budget.threads} threads" if budget.threads else ""
         for plan, rows in rows_of.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,31 +39,21 @@ class Expected:
     resolution: Tensor
 
 
-class Reference:
-    """The softmax of the logits [N, V] in float64, reduced to what the objectives look at.
+class Softmax:
+    """The softmax of N rows of logits in float64, reduced to what the objectives look at."""
 
-    labels: [N], none of them ignored; `expected` takes the same with some of them ignored
-    topk:   of the top-k entropy, 0 when no objective needs it
-    """
+    def __init__(
+        self, blocks: Iterable[tuple[Tensor, Tensor]], vocabulary: int, topk: int = 0
+    ) -> None:
+        """blocks: some rows each, logits [n, vocabulary] and labels [n], none of them ignored."""
+        parts = [_reduce(logits, labels, topk) for logits, labels in blocks]
+        columns = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.logp, self.collision, self.entropy, self.is_argmax, *others = columns
+        self.top_entropy, self.logsumexp = others
+        self.vocabulary = vocabulary
 
-    def __init__(self, logits: Tensor, labels: Tensor, topk: int = 0) -> None:
-        step = max(1, CHUNK // logits.shape[1])
-        parts = [
-            _reduce(logits[i : i + step], labels[i : i + step], topk)
-            for i in range(0, len(labels), step)
-        ]
-        self.logp, self.collision, self.entropy, self.is_argmax, self.top_entropy = (
-            torch.cat(column) for column in zip(*parts, strict=True)
-        )
-        self.vocabulary = logits.shape[1]
-        self.rows = torch.linspace(0, len(labels) - 1, min(SLICE, len(labels))).long()
-        self.rows = self.rows.to(logits.device)
-        self.error = logits[self.rows].double().softmax(-1)  # p_i - 1[i = y]
-        self.targets = labels[self.rows, None]
-        self.error.scatter_add_(1, self.targets, -torch.ones_like(self.error[:, :1]))
-
-    def expected(self, objective: str, labels: Tensor) -> Expected:
-        """What `objective` makes of these logits and labels (some ignored)."""
+    def loss_and_gate(self, objective: str, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] each, float64, of labels of which some may be ignored."""
         valid = labels != IGNORE
         p = self.logp.exp()
         loss, gate, _ = parse(objective)(
@@ -78,20 +69,52 @@ class Reference:
                 vocab_size=self.vocabulary,
             )
         )
+        return loss, gate
+
+
+class Reference:
+    """What objectives make of logits [N, V].
+
+    labels: [N], none of them ignored; `expected` takes the same with some of them ignored
+    topk:   of the top-k entropy, 0 when no objective needs it
+    """
+
+    def __init__(self, logits: Tensor, labels: Tensor, topk: int = 0) -> None:
+        step = max(1, CHUNK // logits.shape[1])
+        blocks = ((logits[i : i + step], labels[i : i + step]) for i in range(0, len(labels), step))
+        self.softmax = Softmax(blocks, logits.shape[1], topk)
+        self.rows = torch.linspace(0, len(labels) - 1, min(SLICE, len(labels))).long()
+        self.rows = self.rows.to(logits.device)
+        self.error = logits[self.rows].double().softmax(-1)  # p_i - 1[i = y]
+        self.targets = labels[self.rows, None]
+        self.error.scatter_add_(1, self.targets, -torch.ones_like(self.error[:, :1]))
+
+    def expected(self, objective: str, labels: Tensor) -> Expected:
+        """What `objective` makes of these logits and labels (some ignored)."""
+        loss, gate = self.softmax.loss_and_gate(objective, labels)
         gate = gate[self.rows]
         resolution = P_RESOLUTION * gate.abs() + GATE_RESOLUTION
         return Expected(loss, self.rows, gate[:, None] * self.error, self.targets, resolution)
 
 
 def _reduce(logits: Tensor, labels: Tensor, topk: int) -> tuple[Tensor, ...]:
-    """Of some rows: log p_y, collision probability, entropy, is_argmax, top-k entropy."""
-    log_probs = logits.double().log_softmax(-1)
+    """Of some rows: log p_y, collision, entropy, is_argmax, top-k entropy, log sum exp."""
+    logits = logits.double()
+    log_probs = logits.log_softmax(-1)
     target = log_probs.gather(1, labels[:, None])[:, 0]
+    logsumexp = logits.gather(1, labels[:, None])[:, 0] - target
     top = log_probs.topk(min(topk, logits.shape[1]), dim=-1).values.log_softmax(-1)
     is_argmax = target >= log_probs.amax(-1)
     probs = log_probs.exp()
     entropy = -log_probs.mul_(probs).sum(-1)
-    return target, probs.square_().sum(-1), entropy, is_argmax, -(top.exp() * top).sum(-1)
+    return (
+        target,
+        probs.square_().sum(-1),
+        entropy,
+        is_argmax,
+        -(top.exp() * top).sum(-1),
+        logsumexp,
+    )
 
 
 def tolerance(*dtypes: torch.dtype) -> float:

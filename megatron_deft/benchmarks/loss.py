@@ -6,31 +6,31 @@ import gc
 import logging
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import datetime, timezone
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_deft.benchmarks import machine, peers
-from megatron_deft.benchmarks.arguments import BANDWIDTH, DTYPES, REPETITIONS, STEP, Plan, plans
-from megatron_deft.benchmarks.budgets import Row, Rows, judge
+from megatron_deft.benchmarks.arguments import BANDWIDTH, STEP, Plan, plans
+from megatron_deft.benchmarks.budgets import BUDGETS, Row, Rows
 from megatron_deft.benchmarks.check import Reference, WrongResultError, verify
-from megatron_deft.benchmarks.contenders import Contender, Prepared, contenders, select
+from megatron_deft.benchmarks.contenders import Contender, Prepared, contenders
 from megatron_deft.benchmarks.peers import IGNORE
-from megatron_deft.benchmarks.report import budget_table, legend, plan_table, save
-from megatron_deft.benchmarks.timing import CpuClock, CudaClock, clock_for, interleave, peak
-from megatron_deft.errors import UserError
+from megatron_deft.benchmarks.report import legend, plan_table
+from megatron_deft.benchmarks.shared import (
+    SPREAD,
+    TORCH_DTYPES,
+    AbsentError,
+    Settings,
+    attempt,
+    measure_all,
+    settings,
+)
+from megatron_deft.benchmarks.timing import CpuClock, CudaClock, interleave, peak
 from megatron_deft.objectives import parse
-from megatron_deft.revision import commit
 
 log = logging.getLogger(__name__)
 
-TORCH_DTYPES = dict(zip(DTYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
-SPREAD = 4.0  # standard deviation of the logits: a softmax about as peaked as a language model's
 BASELINES = ("eager-nll", "eager-deft")
 METHOD = (
     "One process; each repetition runs every contender once, in an order of its own; median and "
@@ -49,109 +49,11 @@ class Case(NamedTuple):
     prepared: Prepared
 
 
-class Settings(NamedTuple):
-    """The arguments, checked."""
-
-    device: str
-    plans: list[Plan]
-    table: dict[str, Contender]
-    objective: str
-    ignored: list[float]
-    threads: int
-    repetitions: int
-
-
-def settings(args: Namespace) -> Settings:
-    """Errors: UserError naming the argument."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch finds no GPU here; drop it to measure on the CPU")
-    if args.json and Path(args.json).is_dir():
-        raise UserError(f"--json {args.json}: is a folder; name a file in it")
-    repetitions = REPETITIONS[device] if args.repetitions is None else args.repetitions
-    threads = torch.get_num_threads() if args.threads is None else args.threads
-    for name, value in (("--repetitions", repetitions), ("--threads", threads)):
-        if value < 1:
-            raise UserError(f"{name} {value}: expected at least 1")
-    ignored = [0.0, 0.5] if args.ignored is None else list(dict.fromkeys(args.ignored))
-    for fraction in ignored:
-        if not 0 <= fraction < 1:
-            raise UserError(f"--ignored {fraction:g}: expected a fraction, at least 0 and below 1")
-    objective = parse(args.objective)
-    return Settings(
-        device,
-        list(dict.fromkeys(plans(device, args.shape, args.dtype))),
-        select(contenders(objective.spec), args.only),
-        objective.name if objective == parse("deft") else objective.spec,
-        ignored,
-        threads,
-        repetitions,
-    )
-
-
 def run(args: Namespace) -> int:
     """Measure, print the tables, write the JSON. Returns the exit code: 1 for a wrong result."""
-    chosen = settings(args)
-    report = _header(args, chosen)
-    measured: dict[Plan, Rows] = {}
+    chosen = settings(args, lambda device, args: plans(device, args.shape, args.dtype), contenders)
     print(legend(chosen.table), flush=True)
-    with _threads(chosen.threads):
-        report["machine"] = machine.machine(chosen.device)
-        clock = clock_for(chosen.device)
-        report["memory"] = clock.memory
-        try:
-            for plan in chosen.plans:
-                measured[plan] = _measure(plan, chosen, clock, report["wrong"])
-                report["rows"] += measured[plan].values()
-                report["complete"] = len(measured) == len(chosen.plans)
-                report["budgets"] = judge(measured, chosen.device, chosen.threads, chosen.objective)
-                print(plan_table(plan, measured[plan]), flush=True)
-                save(args.json, report)  # a run that is stopped leaves what it has measured
-        finally:
-            peers.close()
-    print(budget_table(report["budgets"]))
-    if args.json:
-        print(f"\n{args.json}: everything measured")
-    for line in report["wrong"]:
-        log.error("WRONG, so not measured: %s", line)
-    unmet = args.strict and not all(line["met"] for line in report["budgets"])
-    return 1 if report["wrong"] or unmet else 0
-
-
-def _header(args: Namespace, chosen: Settings) -> dict[str, Any]:
-    arguments = {name: getattr(args, name) for name in ("json", "only", "strict")}
-    return {
-        "benchmark": "loss",
-        "complete": False,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": commit(),
-        "machine": {},
-        "versions": machine.versions(),
-        "operators": machine.operators(chosen.device),
-        "method": METHOD,
-        "arguments": {
-            **arguments,
-            "device": chosen.device,
-            "plans": [plan.title for plan in chosen.plans],
-            "objective": chosen.objective,
-            "ignored": chosen.ignored,
-            "threads": chosen.threads,
-            "repetitions": chosen.repetitions,
-        },
-        "rows": [],
-        "wrong": [],
-        "budgets": [],
-    }
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    return measure_all("loss", METHOD, args, chosen, _measure, BUDGETS, plan_table)
 
 
 def _inputs(plan: Plan, device: str, ignored: list[float]) -> tuple[Tensor, dict[float, Tensor]]:
@@ -169,13 +71,14 @@ def _inputs(plan: Plan, device: str, ignored: list[float]) -> tuple[Tensor, dict
 
 def _measure(plan: Plan, chosen: Settings, clock: CpuClock | CudaClock, wrong: list[str]) -> Rows:
     """One interleaved run; adds to `wrong` the contenders that compute something else."""
+    device = chosen.device
     gc.collect()
-    if chosen.device == "cuda":
+    if device == "cuda":
         torch.cuda.empty_cache()
         torch.compiler.reset()  # each shape is compiled as if it were the only one
     began = time.monotonic()
     log.info("%s: checking every contender against float64", plan.title)
-    logits, labels = _inputs(plan, chosen.device, [0.0, *chosen.ignored])
+    logits, labels = _inputs(plan, device, [0.0, *chosen.ignored])
     work = logits.clone()
     reference = Reference(logits, labels[0.0], parse(chosen.objective).topk)
     rows: Rows = {}
@@ -191,7 +94,7 @@ def _measure(plan: Plan, chosen: Settings, clock: CpuClock | CudaClock, wrong: l
             except WrongResultError as error:
                 wrong.append(f"{plan.title}, {ignored:g} ignored: {contender.name}: {error}")
                 del rows[contender.name, ignored]
-            except _AbsentError as error:
+            except AbsentError as error:
                 row["status"] = str(error)
             else:
                 cases.append(case)
@@ -208,10 +111,6 @@ def _measure(plan: Plan, chosen: Settings, clock: CpuClock | CudaClock, wrong: l
     return rows
 
 
-class _AbsentError(Exception):
-    """Why a contender of another package has no numbers: its row says it."""
-
-
 def _prepare(
     contender: Contender,
     ignored: float,
@@ -220,27 +119,12 @@ def _prepare(
     work: Tensor,
     reference: Reference,
 ) -> Case:
-    """Load a contender, run it once, compare. Errors: WrongResultError, _AbsentError."""
-    if logits.device.type not in contender.devices:
-        raise _AbsentError(f"needs {' or '.join(contender.devices)}")
-    if contender.package is not None and peers.version(contender.package) is None:
-        raise _AbsentError("not installed")
+    """Load a contender, run it once, compare. Errors: WrongResultError, AbsentError."""
     work.copy_(logits)
-    try:
+    with attempt(contender.package, contender.devices, logits.device.type):
         prepared = contender.prepare(logits, labels)
         outcome = prepared.outcome(prepared.run(work))
         verify(outcome, reference.expected(contender.objective, labels), contender.rounds_to)
-    except torch.OutOfMemoryError as error:
-        raise _AbsentError("out of memory") from error
-    except WrongResultError:
-        raise
-    except UserError as error:  # a form that an objective does not have
-        raise _AbsentError(f"refused: {error}") from error
-    except Exception as error:  # whatever another package raises is a row that says so
-        if contender.package is None:
-            raise
-        reason = " ".join(str(error).split())[:160]
-        raise _AbsentError(f"fails: {type(error).__name__}: {reason}") from error
     return Case(contender, ignored, prepared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -133,3 +134,39 @@ PEERS = (
     Peer("transformer-engine", "TransformerEngine parallel_cross_entropy", "transformer-engine",
          _transformer_engine),
 )  # fmt: skip
+
+
+def megatron_head() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """megatron-core's output layer and fused cross-entropy.
+
+    returns: (hidden [N, H], weight [V, H], labels [N]) -> loss [N], nll
+    """
+    group = _tensor_parallel_group()
+    from megatron.core import ModelParallelConfig
+    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
+    # Apex's products into main_grad, where Apex is; without it DistributedDataParallel adds
+    is_fused = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
+    config = ModelParallelConfig(gradient_accumulation_fusion=is_fused)
+    cross_entropy = _as_megatron_calls(
+        lambda logits, labels: fused_vocab_parallel_cross_entropy(logits, labels, group)
+    )
+    layers: dict[torch.Size, Any] = {}
+
+    def loss_of(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        layer = layers.get(weight.shape)
+        if layer is None:
+            layer = layers[weight.shape] = ColumnParallelLinear(
+                weight.shape[1],
+                weight.shape[0],
+                config=config,
+                init_method=lambda weight: None,
+                bias=False,
+                skip_weight_param_allocation=True,
+                tp_group=group,
+            )
+        logits, _ = layer(hidden[:, None], weight)
+        return cross_entropy(logits.flatten(0, 1), labels)
+
+    return loss_of

@@ -10,10 +10,10 @@ import torch
 
 SUITE = Path(__file__).parents[2] / "tools" / "gpu_suite.sh"
 STAND_IN = """#!/bin/bash
-case "$1" in
+case "${1/-m/$2}" in
     -) echo "9.0 Some GPU/X" ;;
     setup.py) echo "error: no compiler"; exit 3 ;;
-    tools/bench_loss.py) echo table; echo '{}' >"${@: -1}" ;;
+    tools/bench_loss.py | megatron_deft) echo table; echo '{}' >"${@: -1}" ;;
     *) echo "called: $TORCH_CUDA_ARCH_LIST" ;;
 esac
 """
@@ -56,14 +56,16 @@ def test_a_failed_stage_does_not_stop_the_later_ones(tmp_path):
     python.chmod(0o755)
     done = suite("--out", str(tmp_path / "out"), python=str(python))
     assert done.returncode == 1, done.stderr
-    summary = [line.strip() for line in done.stdout.splitlines()[-6:]]
+    summary = [line.strip() for line in done.stdout.splitlines()[-7:]]
     assert summary[0] == "wheels     skipped: no wheels given"
     assert summary[1].startswith("build      FAILED: exit code 3")
     assert summary[2].startswith("tests      ok")
     assert summary[5].startswith("benchmark  ok")
+    assert summary[6].startswith("head       ok")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "gpu_suite.log" in names
-    assert any(name.startswith("Some-GPU-X-") and name.endswith(".json") for name in names)
+    measured = sorted(name for name in names if name.endswith(".json"))
+    assert [name[:11] for name in measured] == ["Some-GPU-X-", "head-Some-G"]
     log = (tmp_path / "out" / "gpu_suite.log").read_text()
     assert "error: no compiler" in log
     assert "called: 9.0" in log

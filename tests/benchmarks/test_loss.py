@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from megatron_deft.benchmarks import contenders as contenders_module
-from megatron_deft.benchmarks import loss as loss_module
-from megatron_deft.benchmarks import peers
+from megatron_deft.benchmarks import peers, shared
 from megatron_deft.benchmarks.arguments import EVERYTHING, Plan, plans
 from megatron_deft.benchmarks.budgets import BUDGETS, judge
 from megatron_deft.benchmarks.check import Reference, WrongResultError, verify
@@ -308,5 +307,5 @@ def test_strict_turns_a_missed_budget_into_exit_code_1(tmp_path, monkeypatch):
     arguments = ("--shape", "8x99", "--repetitions", "1", "--only", "read", "--strict")
     for met, code in ((True, 0), (False, 1), (None, 1)):
         line = {"name": "b", "where": "w", "required": ">= 1", "measured": 1.0, "met": met}
-        monkeypatch.setattr(loss_module, "judge", lambda *_, line=line: [line])
+        monkeypatch.setattr(shared, "judge", lambda *_, line=line: [line])
         assert bench(*arguments) == code
