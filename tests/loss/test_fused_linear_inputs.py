@@ -176,6 +176,23 @@ def test_broken_hidden_states_are_seen_in_the_loss(form: str, bad: float) -> Non
     assert bool(stats.keep[2])
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_minus_infinity_takes_entries_out(form: str) -> None:
+    case = make(bias=True)
+    assert case.bias is not None
+    absent = [i for i in range(123) if i not in case.labels.tolist()]
+    case.bias[absent[::2]] = -torch.inf
+    check("DEFT", case, fused("DEFT", case, form=form, chunk_tokens=4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_softcap_where_it_is_flat(form: str) -> None:
+    """Logits far beyond the cap: the gradient dies, and is not nan."""
+    case = make(softcap=0.5)
+    case.hidden.mul_(100)
+    check("DEFT", case, fused("DEFT", case, form=form, chunk_tokens=4))
+
+
 HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(8, 4)
 LABELS = torch.zeros(2, 3, dtype=torch.long)
 ONES = torch.ones(2, 3)
