@@ -30,7 +30,7 @@ ROOMS = {
     "ops": {"errors"},
     "loss": {"errors", "objectives", "ops"},
     "platform": {"errors"},
-    "models": {"errors", "platform"},
+    "models": {"errors", "loss", "platform"},
     "data": {"errors", "files", "hf_files", "options", "processes", "config"},
     "integrations": {"errors", "objectives", "loss", "published"},
     "convert": {

@@ -8,6 +8,7 @@ from megatron_deft.config.load import config_help, dump_yaml, load_config, to_di
 from megatron_deft.config.schema import (
     CheckpointConfig,
     DataConfig,
+    LossConfig,
     ModelConfig,
     MonitorConfig,
     OptimConfig,
@@ -19,6 +20,7 @@ from megatron_deft.config.schema import (
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "LossConfig",
     "ModelConfig",
     "MonitorConfig",
     "OptimConfig",

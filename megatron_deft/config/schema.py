@@ -296,6 +296,21 @@ class MonitorConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """How the loss is computed; what it is does not change."""
+
+    path: ClassVar[str] = "loss."
+    fused_linear: Literal["auto", True, False] = key(
+        "make the loss from hidden states and output layer, a chunk of logits at a time and of "
+        "trained tokens alone; auto: with every output layer that allows it", "auto"
+    )  # fmt: skip
+    chunk_tokens: int | None = key(
+        "rows of logits that exist at a time; null: 16 MiB of them on the CPU; on a GPU 1 GiB, and "
+        "at least 4096 rows", None, AT_LEAST_1
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig(Section):
     """A training run, whole."""
 
@@ -309,6 +324,7 @@ class RunConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig
+    loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

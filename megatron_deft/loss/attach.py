@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
 from megatron_deft.errors import UserError
 from megatron_deft.loss.inputs import obstacle_to_single_read
+from megatron_deft.loss.output_layer import ROUTE, Route, obstacle_to_fused_linear
 from megatron_deft.loss.statistics import TokenStatistics
 from megatron_deft.loss.vocab_parallel import token_loss
 from megatron_deft.objectives import Objective, parse
@@ -30,13 +31,19 @@ class Attachment:
     """What `attach` put on a model.
 
     objective:  the parsed objective
-    statistics: TokenStatistics of the last loss computed, [b, s] each, or None. With multi-token
-                prediction the main head comes last, so these are the main head's.
+    statistics:  TokenStatistics of the last loss computed, [b, s] each, or None. With multi-token
+                 prediction the main head comes last, so these are the main head's.
+    kept_tokens: with fused_linear on CUDA: an upper bound of the next micro-batch's labels that are
+                 not ignored, to be set before its forward by whoever has them on the host; the rest
+                 then costs nothing. None: every token is computed (the CPU counts by itself)
+    path:        what the loss is made from, in words
     """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.statistics: TokenStatistics | None = None
+        self.kept_tokens: int | None = None
+        self.path = "logits"
         self._hooks: list[tuple[nn.Module, MethodType]] = []
 
     def detach(self) -> None:
@@ -44,6 +51,7 @@ class Attachment:
         for module, hook in self._hooks:
             if vars(module).get(HOOKED) is hook:
                 delattr(module, HOOKED)
+                _close_route(module)
         self._hooks.clear()
 
 
@@ -55,6 +63,8 @@ def attach(
     ignore_index: int = -100,
     inplace_backward: bool = True,
     grad_in_forward: bool | None = None,
+    fused_linear: bool | Literal["auto"] = False,
+    chunk_tokens: int | None = None,
 ) -> Attachment:
     """Make a megatron-core model train with `objective` instead of cross-entropy.
 
@@ -68,13 +78,20 @@ def attach(
                       (see `token_loss`). None: where that is possible and pays, which is when the
                       model's config says calculate_per_token_loss, so that the upstream gradient
                       is 1
+    fused_linear:     make the loss from the hidden states and the output layer's weight, tile by
+                      tile, and never the logits (see `fused_linear_loss`); the two arguments above
+                      then change nothing. "auto": where the model allows it
+    chunk_tokens:     with fused_linear: how many rows of logits may exist at a time
 
     The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label
     is ignored; inference and labels=None are unchanged. Attaching again replaces the objective.
     Multi-token prediction: megatron-core fills the label it rolls in with 0 and masks its loss
     afterwards, so that token of each head counts in the batch mean of `cayley`.
-    Errors: UserError when no module of `model` is a LanguageModule, or vocab_size does not fit.
+    Errors: UserError when no module of `model` is a LanguageModule, vocab_size does not fit, or
+    fused_linear=True meets an output layer that it does not know.
     """
+    if fused_linear not in (True, False, "auto"):
+        raise UserError(f"fused_linear={fused_linear!r}: legal are True, False, 'auto'")
     from megatron.core.models.common.language_module.language_module import LanguageModule
 
     attachment = Attachment(parse(objective))
@@ -94,12 +111,30 @@ def attach(
                 f"vocabulary has {padded} entries; pass the tokenizer's size"
             )
         modules |= {id(module): module for module in found}
+    is_fused = fused_linear is not False
+    if is_fused:
+        obstacle = next(filter(None, map(obstacle_to_fused_linear, modules.values())), "")
+        if obstacle and fused_linear != "auto":
+            raise UserError(f"attach(fused_linear=True): {obstacle}; use fused_linear=False")
+        is_fused = not obstacle
+        attachment.path = (
+            f"logits ({obstacle})" if obstacle else "hidden states, without logits (fused_linear)"
+        )
     loss = _hook(attachment, vocab_size, ignore_index, inplace_backward, grad_in_forward)
     for module in modules.values():
+        _close_route(module)
         hook = MethodType(loss, module)
         setattr(module, HOOKED, hook)
         attachment._hooks.append((module, hook))
+        has_head = getattr(module, "output_layer", None) is not None
+        if is_fused and has_head:
+            setattr(module, ROUTE, Route(module, chunk_tokens))
     return attachment
+
+
+def _close_route(module: nn.Module) -> None:
+    if (route := vars(module).pop(ROUTE, None)) is not None:
+        route.close()
 
 
 def _hook(
@@ -112,6 +147,19 @@ def _hook(
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s], logits [s, b, V_local] -> loss [b, s] fp32."""
         group = _tensor_group(self)
+        route: Route | None = vars(self).get(ROUTE)
+        if route is not None and route.is_open:
+            loss, statistics = route.loss(
+                logits,
+                labels.transpose(0, 1),
+                attachment.objective,
+                group=group,
+                vocab_size=vocab_size,
+                ignore_index=ignore_index,
+                batch_group=_batch_group(attachment.objective),
+                kept_tokens=None if _has_mtp(self) else attachment.kept_tokens,
+            )
+            return remember(loss, statistics)
         padded = getattr(self, "vocab_size", None)
         if padded is not None and logits.shape[-1] * group.size() != padded:
             raise UserError(
@@ -136,6 +184,9 @@ def _hook(
             batch_group=_batch_group(attachment.objective),
             return_stats=True,
         )
+        return remember(loss, statistics)
+
+    def remember(loss: Tensor, statistics: TokenStatistics) -> Tensor:
         attachment.statistics = TokenStatistics(
             **{name: value.transpose(0, 1) for name, value in vars(statistics).items()}
         )
@@ -155,8 +206,11 @@ def _tensor_group(module: Any) -> ProcessGroup:
 
 def _has_unit_upstream(module: Any) -> bool:
     """Whether megatron-core sums the losses, and does not scale them as it does MTP heads'."""
-    config = module.config
-    return bool(config.calculate_per_token_loss) and not getattr(config, "mtp_num_layers", None)
+    return bool(module.config.calculate_per_token_loss) and not _has_mtp(module)
+
+
+def _has_mtp(module: Any) -> bool:
+    return bool(getattr(module.config, "mtp_num_layers", None))
 
 
 def _batch_group(objective: Objective) -> ProcessGroup | None:

@@ -76,9 +76,9 @@ def fused_linear_loss(
     form:         how it is computed: "recompute", "forward" or "auto" (see loss/linear_forms.py)
     main_grad:    add the gradient of the weight to `weight.main_grad` and tell megatron-core's
                   DistributedDataParallel so, as its gradient_accumulation_fusion does
-    kept_tokens:  an upper bound of the labels that are not ignored, for CUDA, where counting them
-                  would stop the stream; the same on all ranks of `group`. None: all are computed.
-                  A bound that is too low makes the loss nan. The CPU counts
+    kept_tokens:  an upper bound of the labels that are not ignored, the same on all ranks of
+                  `group`, for CUDA, where counting them would stop the stream. None: the CPU
+                  counts, CUDA computes every token. Too low a bound is an error, on CUDA a nan loss
 
     returns: the loss, fp32, differentiable in hidden, weight and bias, and TokenStatistics,
     detached, of the labels' shape. A mean divides by `statistics.keep.sum()`. A second derivative
@@ -106,7 +106,7 @@ def fused_linear_loss(
         kept = _GatherSequence.apply(kept, group)
     rows = _kept_rows(flat != ignore_index, kept_tokens)
     if rows is not None:
-        kept, flat, token_weight = kept[rows], flat[rows], token_weight[rows]
+        kept, flat, token_weight = (t.index_select(0, rows) for t in (kept, flat, token_weight))
     if not sequence_parallel and not shard.is_whole:
         kept = _SumGradient.apply(kept, group)
 
@@ -172,14 +172,18 @@ class _GatherSequence(torch.autograd.Function):
 def _kept_rows(valid: Tensor, kept_tokens: int | None) -> Tensor | None:
     """Which of [N] tokens go through the head, in order; None: all.
 
-    On CUDA their number is not asked for, which would stop the stream: up to `kept_tokens` of them,
-    and ignored ones in the places that are left.
+    With a bound: so many, ignored ones in the places that are left. CUDA needs one, because asking
+    for the number would stop the stream.
     """
-    if not valid.is_cuda:
-        return None if bool(valid.all()) else valid.nonzero()[:, 0]
+    if kept_tokens is None and not valid.is_cuda:
+        kept_tokens = int(valid.sum())
     if kept_tokens is None or kept_tokens >= valid.numel():
         return None
-    return torch.argsort(~valid, stable=True)[:kept_tokens]
+    if not valid.is_cuda and kept_tokens < int(valid.sum()):
+        raise UserError(
+            f"kept_tokens={kept_tokens} is below the {int(valid.sum())} labels that are not ignored"
+        )
+    return torch.argsort((~valid).byte(), stable=True)[:kept_tokens]
 
 
 def _under_autocast(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -201,7 +205,7 @@ def _spread(values: Tensor, rows: Tensor | None, labels: Tensor) -> Tensor:
 def _spoiled(
     labels: Tensor, wrong: Tensor | None, rows: Tensor | None, ignore_index: int
 ) -> Tensor | None:
-    """On CUDA: the tokens whose loss has to be nan, by a label out of range or too low a bound."""
+    """The tokens whose loss has to be nan on CUDA, by a label out of range or too low a bound."""
     if rows is None or not labels.is_cuda:
         return wrong
     too_low = (labels != ignore_index).sum() > rows.numel()

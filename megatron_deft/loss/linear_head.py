@@ -21,6 +21,7 @@ from megatron_deft.loss.statistics import Judged, combine
 CPU_CHUNK_BYTES = 16 * 2**20
 CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
 CPU_TILE_TOKENS, CPU_TILES = 512, 4
+ALIGNED = 64  # elements
 
 Span = tuple[int, int]  # from, to
 
@@ -279,4 +280,19 @@ def _linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if a.dtype == torch.float32 and a.device.type == "cpu" and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(a, weight, bias, "none", [], "")
+    if a.is_cuda and weight.shape[0] % ALIGNED:
+        return _linear_into_aligned_rows(a, weight, bias)
     return torch.nn.functional.linear(a, weight, bias)
+
+
+def _linear_into_aligned_rows(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, in rows that begin at multiples of 128 bytes.
+
+    An odd vocabulary such as 50257, or the last rank's part of one, would leave the fast products
+    and the kernels' wide loads to the first row alone.
+    """
+    width = weight.shape[0]
+    out = a.new_empty(a.shape[0], -(-width // ALIGNED) * ALIGNED)[:, :width]
+    if bias is None:
+        return torch.mm(a, weight.t(), out=out)
+    return torch.addmm(bias, a, weight.t(), out=out)

@@ -152,7 +152,8 @@ def judge(
     valid:       [N] bool, the label is not ignored
     batch_group: ranks whose tokens share the batch mean, for the objectives that have one
     """
-    row_max, rest, s2, sh, target = sums[:5]
+    # each rank's zeros of an ignored row do not add up to zeros
+    row_max, rest, s2, sh, target = sums[:5].masked_fill(~valid, 0.0)
     s1 = 1.0 + rest
     logp = target - row_max - rest.log1p()
     p = logp.exp().masked_fill(~valid, 0.0)

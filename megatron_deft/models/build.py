@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_deft.loss.output_layer import Softcap
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
@@ -204,7 +205,7 @@ def build_model(
     if pre_process and spec.embedding_scale != 1:
         model.embedding.register_forward_hook(_Scale(spec.embedding_scale))
     if post_process and spec.logits_softcap is not None:
-        model.output_layer.register_forward_hook(_Softcap(spec.logits_softcap))
+        model.output_layer.register_forward_hook(Softcap(spec.logits_softcap))
     return model
 
 
@@ -216,14 +217,3 @@ class _Scale:
 
     def __call__(self, module: Any, inputs: Any, output: Tensor) -> Tensor:
         return output * torch.tensor(self.factor, dtype=output.dtype, device=output.device)
-
-
-@dataclass(frozen=True)
-class _Softcap:
-    """Forward hook of the output layer, which returns (logits, bias): cap * tanh(logits / cap)."""
-
-    cap: float
-
-    def __call__(self, module: Any, inputs: Any, output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
-        logits, bias = output
-        return torch.tanh(logits / self.cap) * self.cap, bias

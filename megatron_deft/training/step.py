@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor
 
-from megatron_deft.data.batches import Batch
+from megatron_deft.data.batches import Batch, to_device
 from megatron_deft.loss.attach import Attachment
 from megatron_deft.loss.reduction import reduce_loss
 from megatron_deft.models.packed import packed_seq_params
@@ -74,7 +74,9 @@ def forward_step(
         return numerator, torch.ones((), dtype=torch.int, device=loss.device), {"sums": sums}
 
     def run(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
-        batch = next(batches)
+        on_host = next(batches)
+        attachment.kept_tokens = int((on_host["labels"] >= 0).sum())
+        batch = to_device(on_host, device())
         output = model(
             batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
             loss_mask=(batch["labels"] >= 0).float(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_deft.config import RunConfig, dump_yaml, to_dict
 from megatron_deft.data import tokenizer as tokenizers
-from megatron_deft.data.batches import Batch, collate, to_device
+from megatron_deft.data.batches import collate
 from megatron_deft.data.chat import render_sample
 from megatron_deft.data.loader import Step, load_steps
 from megatron_deft.data.mixture import Rows
@@ -39,8 +39,8 @@ from megatron_deft.training.step import StepDenominator, forward_step
 
 # What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
 FREE_KEYS = (
-    "run_dir", "parallel", "monitor", "model.load", "model.hf", "checkpoint", "data.show_sample",
-    "data.workers", "data.prepare_workers",
+    "run_dir", "parallel", "loss", "monitor", "model.load", "model.hf", "checkpoint",
+    "data.show_sample", "data.workers", "data.prepare_workers",
 )  # fmt: skip
 
 
@@ -107,6 +107,8 @@ class Trainer:
             vocab_size=spec.vocab_size,
             # the other reductions divide by a count first, and the upstream gradient is not 1
             grad_in_forward=None if cfg.reduction == "token" else False,
+            fused_linear=cfg.loss.fused_linear,
+            chunk_tokens=cfg.loss.chunk_tokens,
         )
         self.optimizer = build_optimizer(cfg, self.ddp)
         self.position = Position()
@@ -157,6 +159,7 @@ class Trainer:
             f"training with {self.attachment.objective.spec}, reduction {cfg.reduction}: steps "
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
         )
+        say(f"loss from {self.attachment.path}")
         log = None
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
@@ -268,7 +271,7 @@ class Trainer:
             forward_step_func=forward_step(
                 self.attachment, cfg.reduction, self.denominator, forward_only, landscape_vocab
             ),
-            data_iterator=[map(_on_device, work.batches) for _ in self.ddp],
+            data_iterator=[iter(work.batches) for _ in self.ddp],
             model=self.ddp,
             num_microbatches=len(work.batches),
             seq_length=work.length * (cfg.train.micro_batch // rows),
@@ -304,10 +307,6 @@ class Trainer:
         if dist.get_rank() == 0:
             self.exports.saved(folder, self.position.step == self.data.total_steps)
         return folder
-
-
-def _on_device(batch: Batch) -> Batch:
-    return to_device(batch, device())
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
