@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft import fused_linear_loss, token_loss
-from megatron_deft.loss import fused_linear, linear_head
+from megatron_deft.loss import linear_head
 from megatron_deft.objectives import parse
 from tests.loss import head_cases
 from tests.loss.head_cases import DTYPES, Case, Result, check, exact, fused, make, only
@@ -121,20 +121,13 @@ def test_few_kept_tokens_or_none(kept: list[int], of: torch.dtype, form: str) ->
             assert bool((grad == 0).all())
 
 
-@pytest.mark.parametrize("rows", ["all", "bound", "exact"])
-def test_ignored_tokens_may_go_along(
-    rows: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, where nobody waits for their number: they are computed, and count nothing."""
-
-    def device_side(valid: Tensor, _: Any) -> Tensor | None:
-        count = int(valid.sum()) + (3 if rows == "bound" else 0)
-        return None if rows == "all" else torch.argsort(~valid, stable=True)[:count]
-
-    monkeypatch.setattr(fused_linear, "_kept_rows", device_side)
+@pytest.mark.parametrize("more", [0, 3, 1000])
+def test_ignored_tokens_may_go_along(more: int, dtype: torch.dtype) -> None:
+    """With a bound of their number, as on a GPU: they are computed, and count nothing."""
     for case in (make(dtype, bias=True), only(make(dtype), [])):
+        bound = int((case.labels != -100).sum()) + more
         for layout in layouts("eaft", dtype):
-            check("eaft", case, fused("eaft", case, **layout))
+            check("eaft", case, fused("eaft", case, kept_tokens=bound, **layout))
 
 
 @pytest.mark.parametrize("spec", SPECS)

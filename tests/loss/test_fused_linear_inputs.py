@@ -157,12 +157,6 @@ def test_another_ignore_index() -> None:
     assert torch.equal(stats.valid, labels != 5)
 
 
-def test_a_bound_of_the_kept_tokens_is_for_gpus() -> None:
-    case = make()
-    want = fused("DEFT", case)
-    assert torch.equal(fused("DEFT", case, kept_tokens=3).loss, want.loss)
-
-
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("form", FORMS)
 def test_broken_hidden_states_are_seen_in_the_loss(form: str, bad: float) -> None:
@@ -174,6 +168,23 @@ def test_broken_hidden_states_are_seen_in_the_loss(form: str, bad: float) -> Non
     assert bool(loss.isnan())
     assert stats.loss.isnan().nonzero().flatten().tolist() == [2]
     assert bool(stats.keep[2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_bias_of_minus_infinity_takes_entries_out(form: str) -> None:
+    case = make(bias=True)
+    assert case.bias is not None
+    absent = [i for i in range(123) if i not in case.labels.tolist()]
+    case.bias[absent[::2]] = -torch.inf
+    check("DEFT", case, fused("DEFT", case, form=form, chunk_tokens=4))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_softcap_where_it_is_flat(form: str) -> None:
+    """Logits far beyond the cap: the gradient dies, and is not nan."""
+    case = make(softcap=0.5)
+    case.hidden.mul_(100)
+    check("DEFT", case, fused("DEFT", case, form=form, chunk_tokens=4))
 
 
 HIDDEN, WEIGHT = torch.zeros(2, 3, 4), torch.zeros(8, 4)
@@ -219,6 +230,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("chunk_tokens: expected an int >= 1 or None, got 2.5", {"chunk_tokens": 2.5}),
     ("chunk_tokens: expected an int >= 1 or None, got True", {"chunk_tokens": True}),
     ("kept_tokens: expected an int >= 0 or None, got -1", {"kept_tokens": -1}),
+    ("kept_tokens=5 is below the 6 labels that are not ignored", {"kept_tokens": 5}),
     ("reduction=mean: legal are sum, none", {"reduction": "mean"}),
     ("token_weight: expected a tensor of floats, got float", {"token_weight": 2.0}),
     ("token_weight: expected a tensor of floats, got torch.int64", {"token_weight": LABELS}),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megatron_deft import fused_linear_loss
 from megatron_deft.errors import UserError
@@ -212,3 +213,26 @@ def test_without_a_gradient_to_make(form: str, mode: Any, monkeypatch: pytest.Mo
     torch.testing.assert_close(loss, want.detach())
     frozen = call(case, h.detach(), w.detach(), form=form, chunk_tokens=4)
     assert torch.equal(frozen, loss)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_under_activation_checkpointing(form: str, reentrant: bool) -> None:
+    case = make(torch.bfloat16)
+    h, w = leaves(case)
+    loss = checkpoint(lambda h, w: call(case, h, w, form=form), h, w, use_reentrant=reentrant)
+    loss.backward()
+    check("DEFT", case, Result(exact("DEFT", case).loss.float(), h.grad, w.grad, None))
+
+
+def test_in_a_compiled_function() -> None:
+    """It is left out of the graph, whose parts before and after stay differentiable."""
+    case = make()
+    h, w = leaves(case)
+    compiled = torch.compile(lambda h, w: 2 * call(case, h * 0.5, w * 2.0), backend="eager")
+    compiled(h, w).backward()
+    doubled = replace(
+        case, upstream=2 * case.upstream, hidden=h.detach() / 2, weight=2 * w.detach()
+    )
+    want = exact("DEFT", doubled)
+    check("DEFT", doubled, Result(want.loss.float(), 2 * h.grad, w.grad / 2, None))  # type: ignore[operator]
