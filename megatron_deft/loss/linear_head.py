@@ -28,6 +28,12 @@ Span = tuple[int, int]  # from, to
 Tile = tuple[Span, Span]  # rows, columns
 
 
+def size_of(tile: Tile) -> int:
+    """How many logits it has."""
+    row, column = tile
+    return (row[1] - row[0]) * (column[1] - column[0])
+
+
 @dataclass(frozen=True)
 class Plan:
     """How many logits exist at a time: chunk_tokens rows of them, in tiles of tokens x columns.
@@ -121,14 +127,14 @@ class Head:
         """Of the real vocabulary alone: padding has no logits, and no gradient."""
         return self.plan.column_spans(self.shard.valid)
 
-    def last_chunk(self) -> set[Tile]:
+    def last_chunk(self) -> list[Tile]:
         """The tiles at the end that make one chunk together."""
-        room, tiles = self.plan.chunk_tokens * self.weight.shape[0], set()
-        for row, column in itertools.product(self.rows[::-1], self.columns[::-1]):
-            room -= (row[1] - row[0]) * (column[1] - column[0])
+        room, tiles = self.plan.chunk_tokens * self.weight.shape[0], []
+        for tile in itertools.product(self.rows[::-1], self.columns[::-1]):
+            room -= size_of(tile)
             if room < 0:
                 break
-            tiles.add((row, column))
+            tiles.append(tile)
         return tiles
 
     def logits(self, row: Span, column: Span) -> Tensor:
@@ -189,15 +195,23 @@ class Tiles:
         head = self.head
         if not head.rows or not head.columns:
             return head.no_sums(head.hidden.shape[0], topk)
-        stays = head.last_chunk() if keep else set()
+        stays = head.last_chunk() if keep else []
+        # One piece of memory: small things that are made between tiles would scatter them.
+        size = sum(map(size_of, stays))
+        room = torch.empty(0)
         sums = []
         for row in head.rows:
             parts: list[Tensor] = []
             for column in head.columns:
                 z = head.logits(row, column)
                 parts.append(head.sums(z, row, column, topk))
-                if (row, column) in stays:
+                if len(stays) == 1 and (row, column) in stays:
                     self.kept[row, column] = z
+                elif (row, column) in stays:
+                    if not self.kept:
+                        room = z.new_empty(size)
+                    place, room = room[: z.numel()], room[z.numel() :]
+                    self.kept[row, column] = place.view_as(z).copy_(z)
                 del z  # before the next one is made
                 if len(parts) == 16:  # tiles may be many, and their sums as large as a tile
                     parts = [combine(torch.stack(parts))]
