@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -90,9 +91,14 @@ class Route:
             weight: Tensor | None = None,
             runtime_gather_output: bool | None = None,
         ) -> tuple[Tensor, Tensor | None]:
+            used: Any = layer.weight if weight is None else weight
+            if (not route.is_open or used is not layer.weight) and torch.is_grad_enabled():
+                # Logits, or an embedding, give it a gradient in the ordinary way: megatron-core's
+                # DistributedDataParallel is to add that, too, to what is in main_grad already.
+                used.zero_out_wgrad = True
             if not route.is_open:
                 return forward(input_, weight, runtime_gather_output)
-            route._weight = layer.weight if weight is None else weight
+            route._weight = used
             return input_, None
 
         self._layer.forward = MethodType(pass_on, self._layer)

@@ -127,6 +127,36 @@ def test_two_micro_batches_into_main_grad(world: int, dtype: str, tied: bool) ->
     run_ranks(world, main_grads, tied, dtype)
 
 
+def with_logits_beside(rank: int, world: int, tied: bool, together: bool) -> None:
+    """A term of the loss from logits, in the same backward or in one of its own: both count."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    model = gpt(tied_embeddings=tied)
+    tokens, labels, positions = batch()
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+    ddp = DistributedDataParallel(model.config, options, model)
+    seen = []
+    for fused in (False, True):
+        attach(ddp, "deft", vocab_size=VOCAB, fused_linear=fused, chunk_tokens=3)
+        ddp.zero_grad_buffer()
+        with ddp.no_sync():
+            loss = ddp(tokens, positions, None, labels=labels).sum()
+            if not together:
+                loss.backward()
+                loss = torch.zeros(())
+            (loss + 100 * ddp(tokens, positions, None).square().mean()).backward()
+        seen.append({n: p.main_grad.clone() for n, p in model.named_parameters()})
+    for name, want in seen[0].items():
+        scale = want.abs().max().item()
+        torch.testing.assert_close(seen[1][name], want, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_term_from_logits_beside_it(tied: bool, together: bool) -> None:
+    run_ranks(1, with_logits_beside, tied, together)
+
+
 def capped(rank: int, world: int) -> None:
     """Gemma 2's capped logits."""
     model = gpt(logits_softcap=0.7)
