@@ -302,7 +302,7 @@ class LossConfig(Section):
     path: ClassVar[str] = "loss."
     fused_linear: Literal["auto", True, False] = key(
         "make the loss from hidden states and output layer, a chunk of logits at a time and of "
-        "trained tokens alone; auto: with every output layer that allows it", "auto"
+        "trained tokens alone; auto: with an output layer that allows it and is not tiny", "auto"
     )  # fmt: skip
     chunk_tokens: int | None = key(
         "rows of logits that exist at a time; null: 16 MiB of them on the CPU; on a GPU 1 GiB, and "

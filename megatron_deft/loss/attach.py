@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 
 from megatron_deft.errors import UserError
-from megatron_deft.loss.inputs import obstacle_to_single_read
-from megatron_deft.loss.output_layer import ROUTE, Route, obstacle_to_fused_linear
+from megatron_deft.loss.inputs import check_numbers, obstacle_to_single_read
+from megatron_deft.loss.output_layer import ROUTE, Route, is_small, obstacle_to_fused_linear
 from megatron_deft.loss.statistics import TokenStatistics
 from megatron_deft.loss.vocab_parallel import token_loss
 from megatron_deft.objectives import Objective, parse
@@ -80,7 +80,8 @@ def attach(
                       is 1
     fused_linear:     make the loss from the hidden states and the output layer's weight, tile by
                       tile, and never the logits (see `fused_linear_loss`); the two arguments above
-                      then change nothing. "auto": where the model allows it
+                      then change nothing. "auto": where the model allows it, and the output layer
+                      is large enough (2^20 weights on this rank) for it to win
     chunk_tokens:     with fused_linear: how many rows of logits may exist at a time
 
     The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label
@@ -90,6 +91,7 @@ def attach(
     Errors: UserError when no module of `model` is a LanguageModule, vocab_size does not fit, or
     fused_linear=True meets an output layer that it does not know.
     """
+    check_numbers(softcap=None, chunk_tokens=chunk_tokens, kept_tokens=None)
     if fused_linear not in (True, False, "auto"):
         raise UserError(f"fused_linear={fused_linear!r}: legal are True, False, 'auto'")
     from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -113,7 +115,10 @@ def attach(
         modules |= {id(module): module for module in found}
     is_fused = fused_linear is not False
     if is_fused:
-        obstacle = next(filter(None, map(obstacle_to_fused_linear, modules.values())), "")
+        obstacles = [obstacle_to_fused_linear(module) for module in modules.values()]
+        if fused_linear == "auto":
+            obstacles += map(is_small, modules.values())
+        obstacle = next(filter(None, obstacles), "")
         if obstacle and fused_linear != "auto":
             raise UserError(f"attach(fused_linear=True): {obstacle}; use fused_linear=False")
         is_fused = not obstacle

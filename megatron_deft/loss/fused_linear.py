@@ -19,6 +19,7 @@ from megatron_deft.loss.inputs import (
     check_batch_group,
     check_head,
     check_labels,
+    check_main_grad,
     check_numbers,
     check_strided,
     check_token_weight,
@@ -89,12 +90,12 @@ def fused_linear_loss(
     """
     objective = parse(objective)
     check_strided(weight=weight, hidden=hidden, labels=labels, bias=bias)
+    parameter = weight if main_grad else None
     hidden, weight, bias = _under_autocast(hidden, weight, bias)
     labels = check_head(hidden, weight, labels, bias, group if sequence_parallel else None)
     check_numbers(softcap=softcap, chunk_tokens=chunk_tokens, kept_tokens=kept_tokens)
     token_weight = check_token_weight(token_weight, labels, reduction)
-    if main_grad and not isinstance(getattr(weight, "main_grad", None), Tensor):
-        raise UserError("main_grad=True needs weight.main_grad, a tensor; this weight has none")
+    check_main_grad(parameter)
     columns = weight.shape[0]
     shard = shard_of(columns, weight.dtype, labels, objective, group, vocab_size, ignore_index)
     wrong = check_labels(labels, shard)
@@ -110,6 +111,9 @@ def fused_linear_loss(
     if not sequence_parallel and not shard.is_whole:
         kept = _SumGradient.apply(kept, group)
 
+    # a loss of 0 may not meet a weight of inf
+    token_weight = token_weight.masked_fill(flat == ignore_index, 0.0)
+
     plan = plan_of(weight, flat.numel(), chunk_tokens, softcap)
     form = form_of(form, objective, weight, flat.numel(), plan.chunk_tokens, main_grad, reduction)
     is_training = torch.is_grad_enabled() and any(
@@ -118,7 +122,7 @@ def fused_linear_loss(
     if form == "forward":
         plan = plan.in_rows(1 if shard.is_whole else 2)
     head = Head(kept, weight, bias, flat, shard, softcap, plan)
-    job = Job(objective, batch_group, is_training, weight if main_grad else None)
+    job = Job(objective, batch_group, is_training, parameter)
     with torch.autocast(weight.device.type, enabled=False):
         if form == "forward" and is_training:
             loss, *outputs = InForward.apply(kept, weight, bias, token_weight, head, job)

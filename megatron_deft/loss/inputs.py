@@ -146,6 +146,19 @@ def check_token_weight(token_weight: Tensor | None, labels: Tensor, reduction: s
     return token_weight.reshape(-1).float()
 
 
+def check_main_grad(parameter: Tensor | None) -> None:
+    """The parameter has room for its gradient; None: not asked for."""
+    if parameter is None:
+        return
+    place = getattr(parameter, "main_grad", None)
+    if not isinstance(place, Tensor):
+        raise UserError("main_grad=True needs weight.main_grad, a tensor; this weight has none")
+    if place.shape != parameter.shape:
+        raise UserError(
+            f"weight.main_grad: expected shape {list(parameter.shape)}, got {list(place.shape)}"
+        )
+
+
 def _rows_are_regular(logits: Tensor) -> bool:
     """Whether the kernels can walk the rows [..., V], with two strides, and none overlap."""
     if logits.numel() == 0 or logits.is_contiguous():

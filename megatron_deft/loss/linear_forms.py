@@ -23,7 +23,14 @@ from torch import Tensor
 from megatron_deft import ops
 from megatron_deft.errors import UserError
 from megatron_deft.loss.linear_head import Gradients, Head, Span, Tiles
-from megatron_deft.loss.statistics import Judged, all_gather, combine, judge, start_all_gather
+from megatron_deft.loss.statistics import (
+    Judged,
+    Softmax,
+    all_gather,
+    combine,
+    judge,
+    start_all_gather,
+)
 from megatron_deft.objectives import Objective
 
 FORMS = ("auto", "recompute", "forward")
@@ -103,10 +110,11 @@ class Recompute(torch.autograd.Function):
         valid = head.labels != shard.ignore_index
         judged = judge(sums, valid, job.objective, shard.vocab_size, job.batch_group)
         # All that it reads again: a change before the backward is an error, and who keeps the loss
-        # beyond it keeps no activations.
-        ctx.save_for_backward(hidden, weight, bias, head.labels)
+        # beyond it keeps no activations. An output as an attribute would be a cycle through them.
+        softmax = (judged.row_max, judged.sum_exp, judged.logp)
+        ctx.save_for_backward(hidden, weight, bias, head.labels, judged.gate, *softmax)
         ctx.settings, ctx.kept = (shard, head.softcap, head.plan), tiles.kept
-        ctx.judged, ctx.parameter = judged, job.parameter
+        ctx.parameter = job.parameter
         outputs = judged.outputs()
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -115,13 +123,13 @@ class Recompute(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         """All tiles again, as gradients."""
         _refuse_second_derivative()
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, weight, bias, labels, gate, *softmax = ctx.saved_tensors
         head = Head(hidden, weight, bias, labels, *ctx.settings)
         # the caller may run this under autocast, the forward's products were not
         with torch.no_grad(), torch.autocast(upstream.device.type, enabled=False):
             grads = _room_for_gradients(head, ctx.needs_input_grad, ctx.parameter)
-            coeff = upstream.float() * ctx.judged.gate
-            Tiles(head, kept=ctx.kept).gradients(ctx.judged, coeff, grads)
+            coeff = upstream.float() * gate
+            Tiles(head, kept=ctx.kept).gradients(Softmax(*softmax), coeff, grads)
             return *_handed_on(grads, _dtypes(hidden, weight, bias), ctx.parameter), None, None
 
 
@@ -182,7 +190,7 @@ def _forward_in_chunks(
         judged.append(verdict)
         if job.is_training and shard.valid:
             coeff = token_weight[slice(*row)] * verdict.gate
-            z = head.gradient(z, row, column, verdict, coeff)
+            z = head.gradient(z, row, column, verdict.softmax, coeff)
             grads.add(head, z, row, column, block, first=len(judged) == 1)
 
     for row in head.rows:

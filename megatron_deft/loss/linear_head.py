@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_deft import ops
 from megatron_deft.loss.inputs import Shard
-from megatron_deft.loss.statistics import Judged, combine
+from megatron_deft.loss.statistics import Softmax, combine
 
 CPU_CHUNK_BYTES = 16 * 2**20
 CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
@@ -128,14 +128,12 @@ class Head:
         return self.plan.column_spans(self.shard.valid)
 
     def last_chunk(self) -> list[Tile]:
-        """The tiles at the end that make one chunk together."""
-        room, tiles = self.plan.chunk_tokens * self.weight.shape[0], []
-        for tile in itertools.product(self.rows[::-1], self.columns[::-1]):
-            room -= size_of(tile)
-            if room < 0:
-                break
-            tiles.append(tile)
-        return tiles
+        """The tiles at the end that make one chunk together; if not all, with one on its way."""
+        tiles = [*itertools.product(self.rows[::-1], self.columns[::-1])]
+        room = self.plan.chunk_tokens * self.weight.shape[0]
+        sizes = itertools.accumulate(map(size_of, tiles))
+        last = [tile for tile, size in zip(tiles, sizes, strict=True) if size <= room]
+        return last[:-1] if 1 < len(last) < len(tiles) else last
 
     def logits(self, row: Span, column: Span) -> Tensor:
         """One tile."""
@@ -161,10 +159,12 @@ class Head:
         sums[0], sums[1], sums[5:] = -torch.inf, -1.0, -torch.inf
         return sums
 
-    def gradient(self, z: Tensor, row: Span, column: Span, judged: Judged, coeff: Tensor) -> Tensor:
+    def gradient(
+        self, z: Tensor, row: Span, column: Span, softmax: Softmax, coeff: Tensor
+    ) -> Tensor:
         """coeff * (p_i - 1[i = y]) of a tile, written over its logits; of before the softcap.
 
-        judged, coeff: of the tile's tokens
+        softmax, coeff: of the tile's tokens
         """
         factor = None
         if self.softcap is not None:
@@ -172,9 +172,9 @@ class Head:
         z = ops.gate_grad(
             z,
             self.labels[slice(*row)],
-            judged.row_max.contiguous(),
-            coeff / judged.sum_exp,
-            coeff * judged.logp.expm1(),
+            softmax.row_max.contiguous(),
+            coeff / softmax.sum_exp,
+            coeff * softmax.logp.expm1(),
             self.shard.start + column[0],
             column[1] - column[0],
             self.shard.ignore_index,
@@ -218,7 +218,7 @@ class Tiles:
             sums.append(combine(torch.stack(parts)))
         return torch.cat(sums, dim=1)
 
-    def gradients(self, judged: Judged, coeff: Tensor, into: Gradients) -> None:
+    def gradients(self, softmax: Softmax, coeff: Tensor, into: Gradients) -> None:
         """The backward. Kept tiles come first, so that they make room; the rest is made again."""
         rows = self.head.rows[::-1]
         for column in self.head.columns[::-1] if rows else ():  # a block without a product is empty
@@ -228,7 +228,7 @@ class Tiles:
                 if z is None:
                     z = self.head.logits(row, column)
                 of = slice(*row)
-                z = self.head.gradient(z, row, column, judged[of], coeff[of])
+                z = self.head.gradient(z, row, column, softmax[of], coeff[of])
                 into.add(self.head, z, row, column, block, first=row is rows[0])
                 del z  # before the next one is made
             into.close(column, block)

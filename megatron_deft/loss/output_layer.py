@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_deft.errors import UserError
 from megatron_deft.loss.fused_linear import fused_linear_loss
 from megatron_deft.loss.statistics import TokenStatistics
 from megatron_deft.objectives import Objective
 
+SMALL = 2**20  # weights, from where on the products outweigh what comes with each tile
 ROUTE = "_route_past_logits"  # the attribute under which a model has its Route
 
 
@@ -55,14 +58,26 @@ def obstacle_to_fused_linear(module: nn.Module) -> str:
     is_replaced = "forward" in vars(layer) and ROUTE not in vars(module)
     if is_replaced or type(layer).forward is not ColumnParallelLinear.forward:
         return f"the output layer, a {type(layer).__name__}, has a forward of its own"
+    if layer.skip_bias_add:
+        return "the output layer hands its bias on instead of adding it"
     hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
     strange = [type(hook).__name__ for hook in hooks if not isinstance(hook, Softcap)]
-    if strange:
-        return f"the output layer has hooks, which want its logits: {', '.join(strange)}"
+    if strange or len(hooks) > 1:
+        names = ", ".join(strange or ["two softcaps"])
+        return f"the output layer has hooks, which want its logits: {names}"
     for name in ("defer_embedding_wgrad_compute", "cpu_offloading"):
         if getattr(layer.config, name, False):
             return f"the model's config has {name}"
     return ""
+
+
+def is_small(module: nn.Module) -> str:
+    """Why the logits path is as fast and its logits no burden, or ""."""
+    layer: Any = getattr(module, "output_layer", None)
+    if layer is None:
+        return ""
+    columns, size = layer.output_size_per_partition, layer.input_size
+    return f"the output layer is small, {columns} x {size}" if columns * size < SMALL else ""
 
 
 class Route:
@@ -90,9 +105,14 @@ class Route:
             weight: Tensor | None = None,
             runtime_gather_output: bool | None = None,
         ) -> tuple[Tensor, Tensor | None]:
+            used: Any = layer.weight if weight is None else weight
+            if (not route.is_open or used is not layer.weight) and torch.is_grad_enabled():
+                # Logits, or an embedding, give it a gradient in the ordinary way: megatron-core's
+                # DistributedDataParallel is to add that, too, to what is in main_grad already.
+                used.zero_out_wgrad = True
             if not route.is_open:
                 return forward(input_, weight, runtime_gather_output)
-            route._weight = layer.weight if weight is None else weight
+            route._weight = used
             return input_, None
 
         self._layer.forward = MethodType(pass_on, self._layer)
@@ -106,6 +126,9 @@ class Route:
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         given = self._signature.bind_partial(module, *args, **kwargs).arguments
         self.is_open = given.get("labels") is not None
+        if self.is_open and (obstacle := obstacle_to_fused_linear(module)):
+            self.is_open = False
+            raise UserError(f"fused_linear: {obstacle}, since attach; attach again without it")
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.is_open, self._weight = False, None

@@ -38,6 +38,22 @@ class TokenStatistics:
 
 
 @dataclass(frozen=True)
+class Softmax:
+    """Where N tokens' probabilities come from, [N] fp32: p_i = exp(z_i - row_max) / sum_exp.
+
+    logp: of the labels
+    """
+
+    row_max: Tensor
+    sum_exp: Tensor
+    logp: Tensor
+
+    def __getitem__(self, tokens: slice) -> Softmax:
+        """Of some of the tokens."""
+        return Softmax(self.row_max[tokens], self.sum_exp[tokens], self.logp[tokens])
+
+
+@dataclass(frozen=True)
 class Judged:
     """What the gradient and `TokenStatistics` need of N tokens, [N] fp32, keep and is_argmax bool.
 
@@ -55,9 +71,10 @@ class Judged:
     row_max: Tensor
     sum_exp: Tensor
 
-    def __getitem__(self, tokens: slice) -> Judged:
-        """Of some of the tokens."""
-        return Judged(**{name: value[tokens] for name, value in vars(self).items()})
+    @property
+    def softmax(self) -> Softmax:
+        """What a gradient needs of it."""
+        return Softmax(self.row_max, self.sum_exp, self.logp)
 
     def outputs(self) -> tuple[Tensor, ...]:
         """In the order of `TokenStatistics`, whose last field is the caller's."""

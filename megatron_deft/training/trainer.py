@@ -159,7 +159,7 @@ class Trainer:
             f"training with {self.attachment.objective.spec}, reduction {cfg.reduction}: steps "
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
         )
-        say(f"loss from {self.attachment.path}")
+        say(f"loss from {self._path_of_loss()}")
         log = None
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
@@ -242,6 +242,13 @@ class Trainer:
                     f"step {step}: {name} is {value}; stopped before this step was saved: "
                     "lower optim.lr, look at the samples of this step, or train in fp32"
                 )
+
+    def _path_of_loss(self) -> str:
+        """What the loss is made from, in the words of the last pipeline stage, which makes it."""
+        paths: list[str] = [""] * dist.get_world_size()
+        is_last = any(chunk.post_process for chunk in self.model)
+        dist.all_gather_object(paths, self.attachment.path if is_last else "")
+        return next(path for path in paths if path)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -103,7 +103,9 @@ def main_grads(rank: int, world: int, tied: bool, dtype: str) -> None:
     )
     seen = {}
     for fused in (False, True):
-        attach(ddp, "deft", vocab_size=VOCAB, fused_linear=fused, chunk_tokens=3)
+        # in bf16 one tile: products of single columns would be rounded one by one
+        chunk = 3 if dtype == "fp32" else None
+        attach(ddp, "deft", vocab_size=VOCAB, fused_linear=fused, chunk_tokens=chunk)
         ddp.zero_grad_buffer()
         for rows in (slice(0, 1), slice(1, 3)):
             loss = ddp(tokens[rows], positions[rows], None, labels=labels[rows])
@@ -125,6 +127,36 @@ def main_grads(rank: int, world: int, tied: bool, dtype: str) -> None:
 @pytest.mark.parametrize(("world", "dtype"), [(1, "fp32"), (1, "bf16"), (2, "fp32")])
 def test_two_micro_batches_into_main_grad(world: int, dtype: str, tied: bool) -> None:
     run_ranks(world, main_grads, tied, dtype)
+
+
+def with_logits_beside(rank: int, world: int, tied: bool, together: bool) -> None:
+    """A term of the loss from logits, in the same backward or in one of its own: both count."""
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+
+    model = gpt(tied_embeddings=tied)
+    tokens, labels, positions = batch()
+    options = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True)
+    ddp = DistributedDataParallel(model.config, options, model)
+    seen = []
+    for fused in (False, True):
+        attach(ddp, "deft", vocab_size=VOCAB, fused_linear=fused, chunk_tokens=3)
+        ddp.zero_grad_buffer()
+        with ddp.no_sync():
+            loss = ddp(tokens, positions, None, labels=labels).sum()
+            if not together:
+                loss.backward()
+                loss = torch.zeros(())
+            (loss + 100 * ddp(tokens, positions, None).square().mean()).backward()
+        seen.append({n: p.main_grad.clone() for n, p in model.named_parameters()})
+    for name, want in seen[0].items():
+        scale = want.abs().max().item()
+        torch.testing.assert_close(seen[1][name], want, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_term_from_logits_beside_it(tied: bool, together: bool) -> None:
+    run_ranks(1, with_logits_beside, tied, together)
 
 
 def capped(rank: int, world: int) -> None:
@@ -235,7 +267,7 @@ def comings_and_goings(rank: int, world: int) -> None:
     with pytest.raises(UserError, match="labels: expected 0 to"):
         model(tokens, positions, None, labels=labels.clamp(max=VOCAB) + VOCAB)
     assert model(tokens, positions, None).shape == (3, 12, PADDED)  # not left open
-    second = attach(model, "nll", vocab_size=VOCAB, fused_linear="auto")
+    second = attach(model, "nll", vocab_size=VOCAB, fused_linear=True)
     with no_logits(model), torch.no_grad():
         loss = model(tokens, positions, None, labels=labels.clamp(min=0))
     assert not loss.requires_grad
@@ -283,6 +315,20 @@ def obstacles(rank: int, world: int) -> None:
     with pytest.raises(UserError, match="has a forward of its own"):
         attach(model, "deft", vocab_size=VOCAB, fused_linear=True)
     del model.output_layer.forward
+    attach(model, "deft", vocab_size=VOCAB, fused_linear=True)
+    late = model.output_layer.register_forward_hook(lambda module, inputs, output: None)
+    with pytest.raises(UserError, match=r"hooks.*since attach; attach again without it"):
+        model(tokens, positions, None, labels=labels)
+    assert model(tokens, positions, None).shape == (3, 12, PADDED)
+    late.remove()
+    attachment = attach(model, "deft", vocab_size=VOCAB, fused_linear="auto")
+    assert attachment.path == f"logits (the output layer is small, {PADDED} x 16)"
+    with pytest.raises(UserError, match="chunk_tokens: expected an int >= 1"):
+        attach(model, "deft", vocab_size=VOCAB, fused_linear=True, chunk_tokens=0)
+    model.output_layer.skip_bias_add = True
+    with pytest.raises(UserError, match="hands its bias on"):
+        attach(model, "deft", vocab_size=VOCAB, fused_linear=True)
+    model.output_layer.skip_bias_add = False
     model.config.defer_embedding_wgrad_compute = True
     with pytest.raises(UserError, match="config has defer_embedding_wgrad_compute"):
         attach(model, "deft", vocab_size=VOCAB, fused_linear=True)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_deft import fused_linear_loss, token_loss
+from megatron_deft.errors import UserError
 from megatron_deft.loss import linear_head
 from megatron_deft.objectives import parse
 from tests.loss import head_cases
@@ -222,6 +223,35 @@ def test_main_grad_speaks_with_distributed_data_parallel(is_read: bool) -> None:
         want = torch.zeros(128, 37)
         want[:3] = 1
         assert torch.equal(grad.float(), want)
+
+
+def test_main_grad_under_autocast() -> None:
+    """It is the parameter's, not that of its copy in autocast's dtype."""
+    case = make(torch.float32)
+    weight = torch.nn.Parameter(case.weight.clone())
+    weight.main_grad = torch.zeros_like(weight)  # type: ignore[attr-defined]
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = fused_linear_loss(
+            case.hidden, weight, case.labels, vocab_size=case.vocab, main_grad=True
+        )
+    loss.backward()
+    assert weight.grad_added_to_main_grad  # type: ignore[attr-defined]
+    half = case.weight.bfloat16().requires_grad_()
+    loss, _ = fused_linear_loss(case.hidden.bfloat16(), half, case.labels, vocab_size=case.vocab)
+    loss.backward()
+    assert half.grad is not None
+    rounded = weight.main_grad.bfloat16()  # type: ignore[attr-defined]
+    assert torch.equal(rounded, half.grad)
+    assert half.grad.abs().max() > 0
+
+
+def test_main_grad_of_another_shape() -> None:
+    case = make(torch.float32)
+    weight = torch.nn.Parameter(case.weight.clone())
+    weight.main_grad = torch.zeros(3, 3)  # type: ignore[attr-defined]
+    expected = r"weight\.main_grad: expected shape \[128, 37\], got \[3, 3\]"
+    with pytest.raises(UserError, match=expected):
+        fused_linear_loss(case.hidden, weight, case.labels, vocab_size=case.vocab, main_grad=True)
 
 
 def test_a_frozen_weight_is_not_added_to_main_grad() -> None:

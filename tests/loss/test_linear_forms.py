@@ -149,6 +149,40 @@ def test_what_changes_before_the_backward_is_an_error(name: str) -> None:
         loss.backward()
 
 
+@pytest.mark.parametrize("name", ["gate", "logp"])
+def test_statistics_that_the_backward_reads_cannot_change(name: str) -> None:
+    """They come back to the caller, as the very memory where no token was left out."""
+    case = make(torch.float32)
+    case = replace(case, labels=case.labels.clamp(min=0))
+    h, w = leaves(case)
+    loss, statistics = fused_linear_loss(h, w, case.labels, "deft", vocab_size=case.vocab)
+    getattr(statistics, name).mul_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("form", "reduction"), [("recompute", "sum"), ("recompute", "none"), ("forward", "sum")]
+)
+def test_a_loss_without_a_backward_frees_all_that_it_kept(form: str, reduction: str) -> None:
+    """At once: a cycle would hold hidden states and logits until Python looks for cycles."""
+    case = make()
+    labels = case.labels.clamp(min=0)  # none is ignored: nothing is copied
+    h, w = leaves(case)
+    trunk = h * 2
+    seen = weakref.ref(trunk)
+    gc.collect()
+    gc.disable()
+    try:
+        loss, statistics = fused_linear_loss(
+            trunk, w, labels, vocab_size=case.vocab, reduction=reduction, form=form
+        )
+        del trunk, loss, statistics
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
 def test_forward_does_not_mind() -> None:
     case = make()
     h, w = leaves(case)

@@ -30,7 +30,10 @@ RUNS: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
 def test_twenty_steps_are_those_of_the_logits_path(base: Path, tmp_path: Path, name: str) -> None:
     world, objectives, keys = RUNS[name]
     # 3 rows of logits at a time: many tiles of every micro-batch
-    paths = {"logits": {"loss.fused_linear": "false"}, "fused": {"loss.chunk_tokens": 3}}
+    paths = {
+        "logits": {"loss.fused_linear": "false"},
+        "fused": {"loss.fused_linear": "true", "loss.chunk_tokens": 3},
+    }
     runs = {
         (path, spec): config(base, tmp_path / path / spec, objective=spec, **keys, **choice)
         for path, choice in paths.items()
@@ -55,7 +58,11 @@ def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
 
 
 def test_the_log_names_the_path(base: Path, tmp_path: Path) -> None:
-    for choice, words in (("auto", "hidden states, without logits"), ("false", "logits\n")):
+    for choice, words in (
+        ("true", "hidden states, without logits (fused_linear)\n"),
+        ("auto", "logits (the output layer is small, 304 x 32)\n"),
+        ("false", "logits\n"),
+    ):
         cfg = config(base, tmp_path / choice, **{"train.steps": 1, "loss.fused_linear": choice})
         assert f"loss from {words}" in run_ranks(1, train_and_hear, cfg)[0]
 

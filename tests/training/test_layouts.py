@@ -44,6 +44,7 @@ BF16: Keys = {"model.dtype": "bf16"}
 DROPOUT: Keys = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
 STILL: Keys = {"optim.lr": 1e-30}  # too small to change a bit of a weight
 PACKED: Keys = {"data.pack": "true", "data.max_length": 128}
+FUSED: Keys = {"loss.fused_linear": "true", "loss.chunk_tokens": 3}
 CP2: Keys = {"parallel.context": 2}
 OTHER_NUMBERS = {*BF16, *DROPOUT, *STILL}  # than one process's
 # Four micro-batches per rank where there are two data-parallel ranks, two where there are four.
@@ -62,16 +63,16 @@ RUNS: dict[str, Run] = {
     "dense VPP2": Run("dense", VPP2, (TP2, VPP2, {})),
     "dense VPP2 plain bf16": Run("dense", VPP2 | PLAIN | BF16, (TP2,)),
     "experts EP2": Run("experts", EP2, ({}, SEQUENCE | EP2, PP2, VPP2 | EP2, SEQUENCE)),
-    "experts VPP2 EP2": Run("experts", VPP2 | EP2 | OVERLAP),
+    "experts VPP2 EP2": Run("experts", VPP2 | EP2 | OVERLAP | FUSED),
     "experts TP2 EP2": Run("experts", SEQUENCE | EP2),
     "experts TP2 EP2 bf16": Run("experts", SEQUENCE | EP2 | BF16, (PP2 | EP2,)),
     "experts PP2 EP2 plain": Run("experts", PP2 | EP2 | PLAIN, (EP4,)),
     "experts EP2 plain bf16": Run("experts", EP2 | PLAIN | BF16, ({},)),
     "experts VPP2 EP2 dropout": Run("experts", VPP2 | EP2 | DROPOUT, (VPP2 | EP2,)),
-    "dense VPP2 packed": Run("dense", VPP2 | PACKED),
+    "dense VPP2 packed": Run("dense", VPP2 | PACKED | FUSED),
     "experts VPP2 EP2 packed": Run("experts", VPP2 | EP2 | PACKED),
     "experts TP2 EP2 packed": Run("experts", SEQUENCE | EP2 | PACKED),
-    "experts CP2 EP2": Run("experts", CP2 | EP2),
+    "experts CP2 EP2": Run("experts", CP2 | EP2 | FUSED),
     "experts VPP2 EP2 still": Run("experts", VPP2 | EP2 | STILL),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
