@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <torch/library.h>
 
-#include "cpu/fresh_pages.h"
 #include "cpu/row_kernels.h"
 #include "ops.h"
 
@@ -96,10 +95,6 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Kernels of megatron_deft; importing it registers torch.ops.megatron_deft.*";
   m.def("instruction_set", megatron_deft::cpu::instruction_set,
         "Of the CPU kernels: avx512, avx2 or plain; MEGATRON_DEFT_CPU asks for a lesser one");
-  m.def(
-      "advise_fresh_pages",
-      [](uintptr_t begin, size_t bytes) { megatron_deft::cpu::advise_fresh_pages(begin, bytes); },
-      "Ask for pages of 2 MiB under memory that is about to be written for the first time");
 #ifdef MDEFT_WITH_CUDA
   m.attr("cuda") = true;
 #else

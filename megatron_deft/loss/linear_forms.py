@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_deft import ops
 from megatron_deft.errors import UserError
 from megatron_deft.loss.linear_head import Gradients, Head, Span, Tiles
 from megatron_deft.loss.statistics import (
@@ -222,7 +221,7 @@ def _room_for_gradients(
             weight = parameter.main_grad  # type: ignore[attr-defined]
         else:
             dtype = head.weight.dtype if form == "recompute" else torch.float32
-            weight = ops.empty_gradient(head.weight, dtype)
+            weight = torch.empty_like(head.weight, dtype=dtype)
             # what no tile reaches: the vocabulary's padding, or all where no token is kept
             weight[head.shard.valid if head.rows else 0 :].zero_()
     if wanted[2]:

@@ -19,7 +19,7 @@ from megatron_deft import ops
 from megatron_deft.loss.inputs import Shard
 from megatron_deft.loss.statistics import Softmax, combine
 
-CPU_CHUNK_BYTES = 16 * 2**20
+CPU_CHUNK_BYTES = 32 * 2**20
 CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
 CPU_TILE_TOKENS, CPU_PARTS = 512, 8
 ALIGNED = 64  # elements

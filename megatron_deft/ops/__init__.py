@@ -105,17 +105,6 @@ def scale_rows_(grad: Tensor, labels: Tensor, factor: Tensor, ignore_index: int)
     _count_the_write(grad)
 
 
-def empty_gradient(like: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised contiguous tensor as large as `like`: on the CPU on large pages.
-
-    The first write to a gradient of 300 MB is otherwise 76,000 page faults, a tenth of the products
-    that make it (csrc/cpu/fresh_pages.h).
-    """
-    out = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
-    native.advise_fresh_pages(out)
-    return out
-
-
 def _count_the_write(tensor: Tensor) -> None:
     """Operators registered from C++ do not count their writes, and autograd would not see them.
 

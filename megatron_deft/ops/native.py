@@ -35,12 +35,6 @@ def instruction_set() -> str:
         raise UserError(str(error).splitlines()[0]) from None
 
 
-def advise_fresh_pages(tensor: Tensor) -> None:
-    """Ask for large pages under a contiguous CPU tensor, before its memory is first written."""
-    if _C is not None and tensor.device.type == "cpu":
-        _C.advise_fresh_pages(tensor.data_ptr(), tensor.nbytes)
-
-
 def missing(device_type: str) -> str:
     """Why `device_type` has no compiled kernel, and the mend."""
     if _C is None:
