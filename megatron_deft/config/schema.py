@@ -305,7 +305,7 @@ class LossConfig(Section):
         "trained tokens alone; auto: with an output layer that allows it and is not tiny", "auto"
     )  # fmt: skip
     chunk_tokens: int | None = key(
-        "rows of logits that exist at a time; null: 32 MiB of them on the CPU; on a GPU 1 GiB, and "
+        "rows of logits that exist at a time; null: 40 MiB of them on the CPU; on a GPU 1 GiB, and "
         "at least 4096 rows", None, AT_LEAST_1
     )  # fmt: skip
 

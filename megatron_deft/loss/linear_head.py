@@ -19,9 +19,12 @@ from megatron_deft import ops
 from megatron_deft.loss.inputs import Shard
 from megatron_deft.loss.statistics import Softmax, combine
 
-CPU_CHUNK_BYTES = 32 * 2**20
+# What of it is kept for the backward is one piece of more than 32 MiB, which glibc takes from the
+# system and gives back at once; less would teach it to hold on to twice as much.
+CPU_CHUNK_BYTES = 40 * 2**20
 CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
 CPU_TILE_TOKENS, CPU_PARTS = 512, 8
+PIECE = 512  # rows
 ALIGNED = 64  # elements
 
 Span = tuple[int, int]  # from, to
@@ -293,9 +296,11 @@ def add_product(out: Tensor, a: Tensor, b: Tensor, overwrite: bool = False) -> N
         beta = 0 if overwrite else 1
         torch.addmm(out, a, b, out_dtype=torch.float32, beta=beta, out=out)
     else:
-        # for the CPU torch has no product of 16-bit factors in fp32
+        # For the CPU torch has no product of 16-bit factors in fp32. It is added piece by piece: an
+        # addition of two dtypes first makes a copy in fp32.
         product = _linear(a, b.t(), None)
-        out.copy_(product) if overwrite else out.add_(product)
+        for place, piece in zip(out.split(PIECE), product.split(PIECE), strict=True):
+            place.copy_(piece) if overwrite else place.add_(piece)
 
 
 def _linear(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
