@@ -13,7 +13,6 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_deft.loss.output_layer import Softcap
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
@@ -205,6 +204,9 @@ def build_model(
     if pre_process and spec.embedding_scale != 1:
         model.embedding.register_forward_hook(_Scale(spec.embedding_scale))
     if post_process and spec.logits_softcap is not None:
+        # here: conversion builds models too, and has no use for the loss and its kernels
+        from megatron_deft.loss.output_layer import Softcap
+
         model.output_layer.register_forward_hook(Softcap(spec.logits_softcap))
     return model
 

@@ -20,6 +20,7 @@ from megatron_deft.benchmarks.head_check import HeadReference
 from megatron_deft.benchmarks.head_contenders import HeadOutcome, Rounding, contenders
 from megatron_deft.benchmarks.head_report import markdown
 from megatron_deft.cli import main
+from megatron_deft.loss import linear_head
 from tests.oracle import loss_and_grad
 
 ROOT = Path(__file__).parents[2]
@@ -89,7 +90,7 @@ def test_ratios_are_those_of_the_figures_beside_them(whole):
         fused = row["name"].startswith("fused")
         assert (row["chunk_bytes"] is not None) == fused
         if fused:
-            assert row["chunk_bytes"] <= 16 * 2**20
+            assert row["chunk_bytes"] <= linear_head.CPU_CHUNK_BYTES
 
 
 def test_the_markdown_table_holds_the_rows(whole):
