@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_deft.benchmarks.arguments import HeadPlan
 from megatron_deft.benchmarks.budgets import Row, Rows
-from megatron_deft.benchmarks.report import columns
+from megatron_deft.benchmarks.report import number, tables_by_fraction
 
 HEADER = (
     "contender",
@@ -29,15 +29,7 @@ HEADER = (
 
 def head_table(plan: HeadPlan, rows: Rows) -> str:
     """A table for each ignored fraction."""
-    parts = []
-    for fraction in dict.fromkeys(ignored for _, ignored in rows):
-        cells = [_cells(row) for (_, ignored), row in rows.items() if ignored == fraction]
-        parts += [
-            f"{plan.title}, {fraction:.0%} of the tokens ignored",
-            columns(HEADER, cells, right=True),
-            "",
-        ]
-    return "\n".join(parts)
+    return tables_by_fraction(plan.title, rows, HEADER, _cells)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -56,23 +48,19 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _ratios(row: Row) -> tuple[str, ...]:
     over, peak = row["time_over"], row["peak_over"]
     return (
-        _shown(over["logits-main-grad"], "{:.2f}"),
-        _shown(over["logits"], "{:.2f}"),
+        number(over["logits-main-grad"], "{:.2f}"),
+        number(over["logits"], "{:.2f}"),
         _megabytes(row["peak_bytes"]),
-        _shown(peak["logits_bytes"], "{:.2f}"),
-        _shown(peak["logits-main-grad"], "{:.2f}"),
-        _shown(peak["logits"], "{:.2f}"),
-        _shown(peak["chunk_bytes"], "{:.2f}"),
+        number(peak["logits_bytes"], "{:.2f}"),
+        number(peak["logits-main-grad"], "{:.2f}"),
+        number(peak["logits"], "{:.2f}"),
+        number(peak["chunk_bytes"], "{:.2f}"),
         _megabytes(row["peak_bytes_at_twice"]),
     )
 
 
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else form.format(value)
-
-
 def _megabytes(value: int | None) -> str:
-    return _shown(None if value is None else value / 1e6, "{:.1f}")
+    return number(None if value is None else value / 1e6, "{:.1f}")
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -100,12 +88,12 @@ def _markdown_table(title: str, rows: list[Row]) -> str:
         lines.append(
             [
                 f"`{name}`",
-                *(f"{_shown(ms, '{:.0f}')} ± {_shown(iqr, '{:.0f}')}" for ms, iqr in times),
-                ", ".join(_shown(value, "{:.2f}") for value in over),
+                *(f"{number(ms, '{:.0f}')} ± {number(iqr, '{:.0f}')}" for ms, iqr in times),
+                ", ".join(number(value, "{:.2f}") for value in over),
                 _megabytes(worst["peak_bytes"]),
-                _shown(peak["logits-main-grad"], "{:.2f}"),
-                _shown(peak["logits_bytes"], "{:.2f}"),
-                _shown(peak["chunk_bytes"], "{:.2f}"),
+                number(peak["logits-main-grad"], "{:.2f}"),
+                number(peak["logits_bytes"], "{:.2f}"),
+                number(peak["chunk_bytes"], "{:.2f}"),
             ]
         )
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from megatron_deft.benchmarks.arguments import Plan
@@ -38,12 +38,19 @@ def legend(table: dict[str, Contender]) -> str:
 
 def plan_table(plan: Plan, rows: Rows) -> str:
     """A table for each ignored fraction."""
+    return tables_by_fraction(plan.title, rows, HEADER, _cells)
+
+
+def tables_by_fraction(
+    title: str, rows: Rows, header: tuple[str, ...], cells_of: Callable[[Row], tuple[str, ...]]
+) -> str:
+    """A table for each ignored fraction, its lines made by `cells_of`."""
     parts = []
     for fraction in dict.fromkeys(ignored for _, ignored in rows):
-        cells = [_cells(row) for (_, ignored), row in rows.items() if ignored == fraction]
+        cells = [cells_of(row) for (_, ignored), row in rows.items() if ignored == fraction]
         parts += [
-            f"{plan.title}, {fraction:.0%} of the tokens ignored",
-            columns(HEADER, cells, right=True),
+            f"{title}, {fraction:.0%} of the tokens ignored",
+            columns(header, cells, right=True),
             "",
         ]
     return "\n".join(parts)
@@ -55,17 +62,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     over = row["speedup_over"]
     return (
         row["name"],
-        _number(row["median_ms"], "{:.3f}" if row["median_ms"] < 10 else "{:.1f}"),
-        _number(row["iqr_ms"], "{:.3f}" if row["median_ms"] < 10 else "{:.1f}"),
-        _number(over["eager-nll"], "{:.2f}"),
-        _number(over["eager-deft"], "{:.2f}"),
-        _number(row["gigabytes_per_second"], "{:.1f}"),
-        _number(row["share_of_copy"], "{:.0%}"),
-        _number(row["extra_bytes_per_logit"], "{:.4f}"),
+        number(row["median_ms"], "{:.3f}" if row["median_ms"] < 10 else "{:.1f}"),
+        number(row["iqr_ms"], "{:.3f}" if row["median_ms"] < 10 else "{:.1f}"),
+        number(over["eager-nll"], "{:.2f}"),
+        number(over["eager-deft"], "{:.2f}"),
+        number(row["gigabytes_per_second"], "{:.1f}"),
+        number(row["share_of_copy"], "{:.0%}"),
+        number(row["extra_bytes_per_logit"], "{:.4f}"),
     )
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """A value, or - where there is none."""
     return "-" if value is None else form.format(value)
 
 
@@ -73,7 +81,7 @@ def budget_table(budgets: list[Row]) -> str:
     """Every budget with what was required and measured."""
     words = {True: "met", False: "NOT MET", None: "not measured"}
     cells = [
-        (b["name"], b["where"], b["required"], _number(b["measured"], "{:.3g}"), words[b["met"]])
+        (b["name"], b["where"], b["required"], number(b["measured"], "{:.3g}"), words[b["met"]])
         for b in budgets
     ]
     return columns(("budget", "where", "required", "measured", ""), cells)

@@ -152,16 +152,19 @@ def _hook(
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s], logits [s, b, V_local] -> loss [b, s] fp32."""
         group = _tensor_group(self)
+        common: dict[str, Any] = {
+            "group": group,
+            "vocab_size": vocab_size,
+            "ignore_index": ignore_index,
+            "batch_group": _batch_group(attachment.objective),
+        }
         route: Route | None = vars(self).get(ROUTE)
         if route is not None and route.is_open:
             loss, statistics = route.loss(
                 logits,
                 labels.transpose(0, 1),
                 attachment.objective,
-                group=group,
-                vocab_size=vocab_size,
-                ignore_index=ignore_index,
-                batch_group=_batch_group(attachment.objective),
+                **common,
                 kept_tokens=None if _has_mtp(self) else attachment.kept_tokens,
             )
             return remember(loss, statistics)
@@ -181,12 +184,9 @@ def _hook(
             logits,
             labels.transpose(0, 1),
             attachment.objective,
-            group=group,
-            vocab_size=vocab_size,
-            ignore_index=ignore_index,
+            **common,
             inplace_backward=inplace_backward,
             grad_in_forward=pays if grad_in_forward is None else grad_in_forward,
-            batch_group=_batch_group(attachment.objective),
             return_stats=True,
         )
         return remember(loss, statistics)

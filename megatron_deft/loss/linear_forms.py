@@ -110,7 +110,7 @@ class Recompute(torch.autograd.Function):
         judged = judge(sums, valid, job.objective, shard.vocab_size, job.batch_group)
         # All that it reads again: a change before the backward is an error, and who keeps the loss
         # beyond it keeps no activations. An output as an attribute would be a cycle through them.
-        softmax = (judged.row_max, judged.sum_exp, judged.logp)
+        softmax = vars(judged.softmax).values()
         ctx.save_for_backward(hidden, weight, bias, head.labels, judged.gate, *softmax)
         ctx.settings, ctx.kept = (shard, head.softcap, head.plan), tiles.kept
         ctx.parameter = job.parameter

@@ -55,54 +55,42 @@ class Softmax:
 
 @dataclass(frozen=True)
 class Judged:
-    """What the gradient and `TokenStatistics` need of N tokens, [N] fp32, keep and is_argmax bool.
-
-    row_max, sum_exp: m and S1 over the whole vocabulary, so that p_i = exp(z_i - m) / S1
-    """
+    """What an objective says of N tokens, [N] fp32, keep and is_argmax bool; and their softmax."""
 
     loss: Tensor
     gate: Tensor
     keep: Tensor
-    logp: Tensor
     p: Tensor
     collision: Tensor
     entropy: Tensor
     is_argmax: Tensor
-    row_max: Tensor
-    sum_exp: Tensor
-
-    @property
-    def softmax(self) -> Softmax:
-        """What a gradient needs of it."""
-        return Softmax(self.row_max, self.sum_exp, self.logp)
+    softmax: Softmax
 
     def outputs(self) -> tuple[Tensor, ...]:
         """In the order of `TokenStatistics`, whose last field is the caller's."""
-        per_token = (self.loss, self.gate, self.keep, self.logp, self.p, self.collision)
+        per_token = (self.loss, self.gate, self.keep, self.softmax.logp, self.p, self.collision)
         return (*per_token, self.entropy, self.is_argmax)
 
 
 def all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """[rows, N] on each rank -> [ranks, rows, N] on every rank, in rank order."""
-    if group is None or dist.get_world_size(group) == 1:
-        return local[None]
-    ranks, (rows, tokens) = dist.get_world_size(group), local.shape
-    gathered = local.new_empty(ranks * rows, tokens)  # gloo wants the shards end to end
-    dist.all_gather_into_tensor(gathered, local.contiguous(), group=group)
-    return gathered.view(ranks, rows, tokens)
+    return start_all_gather(local, group, in_background=False)()
 
 
-def start_all_gather(local: Tensor, group: dist.ProcessGroup | None) -> Callable[[], Tensor]:
+def start_all_gather(
+    local: Tensor, group: dist.ProcessGroup | None, in_background: bool = True
+) -> Callable[[], Tensor]:
     """Begin `all_gather`; calling what is returned waits for it and gives its result."""
     if group is None or dist.get_world_size(group) == 1:
         return lambda: local[None]
     ranks, (rows, tokens) = dist.get_world_size(group), local.shape
     local = local.contiguous()
-    gathered = local.new_empty(ranks * rows, tokens)
-    work = dist.all_gather_into_tensor(gathered, local, group=group, async_op=True)
+    gathered = local.new_empty(ranks * rows, tokens)  # gloo wants the shards end to end
+    work = dist.all_gather_into_tensor(gathered, local, group=group, async_op=in_background)
 
     def wait() -> Tensor:
-        work.wait()
+        if in_background:
+            work.wait()
         return gathered.view(ranks, rows, tokens)
 
     return wait
@@ -187,6 +175,6 @@ def judge(
     )
     loss, gate, keep = objective(statistics)
     return Judged(
-        loss, gate, keep, logp, p, statistics.collision, statistics.entropy,
-        statistics.is_argmax, row_max, s1,
+        loss, gate, keep, p, statistics.collision, statistics.entropy, statistics.is_argmax,
+        Softmax(row_max, s1, logp),
     )  # fmt: skip

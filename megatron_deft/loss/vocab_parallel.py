@@ -54,9 +54,7 @@ class _TokenLoss(torch.autograd.Function):
         sums = combine(all_gather(local, shard.group))
         judged = judge(sums, flat_valid, objective, shard.vocab_size, batch_group)
         if gate_in_forward is None:
-            ctx.save_for_backward(
-                logits, labels, judged.row_max, judged.sum_exp, judged.logp, judged.gate
-            )
+            ctx.save_for_backward(logits, labels, *vars(judged.softmax).values(), judged.gate)
         else:
             ctx.save_for_backward(grad, labels)
         ctx.shard, ctx.inplace = shard, inplace

@@ -138,8 +138,8 @@ def test_wrappers_lists_detach_and_errors() -> None:
     run_ranks(1, wrapped)
 
 
-def with_mtp(rank: int, world: int) -> tuple[Tensor, Tensor]:
-    """Gradient of the multi-token-prediction head's own layer: hook against a hand-made loss."""
+def mtp_gpt(heads: int, scale: float) -> Any:
+    """A model with so many heads of multi-token prediction, whose losses are summed."""
     from megatron_deft import platform
 
     platform.initialize()
@@ -151,7 +151,7 @@ def with_mtp(rank: int, world: int) -> tuple[Tensor, Tensor]:
     from megatron_deft.models.spec import block_spec
 
     config = transformer_config(SPEC, calculate_per_token_loss=True)
-    config.mtp_num_layers, config.mtp_loss_scaling_factor = 1, 1.0
+    config.mtp_num_layers, config.mtp_loss_scaling_factor = heads, scale
     layers = block_spec(config, SPEC)
     model = GPTModel(
         config=config,
@@ -163,6 +163,12 @@ def with_mtp(rank: int, world: int) -> tuple[Tensor, Tensor]:
         share_embeddings_and_output_weights=False,
     )
     MTPLossAutoScaler.set_loss_scale(torch.ones(1))
+    return model
+
+
+def with_mtp(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """Gradient of the multi-token-prediction head's own layer: hook against a hand-made loss."""
+    model = mtp_gpt(1, 1.0)
     tokens, labels, positions = batch()
     attachment = attach(model, "dft", vocab_size=VOCAB)
     seen: list[Any] = []

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_deft import attach
 from megatron_deft.errors import UserError
 from tests.distributed import run_ranks
-from tests.loss.test_attach import PADDED, SPEC, VOCAB, EmptyStack, batch
+from tests.loss.test_attach import PADDED, SPEC, VOCAB, EmptyStack, batch, mtp_gpt
 from tests.oracle import SPECS
 
 
@@ -181,29 +181,7 @@ def test_softcap() -> None:
 
 
 def with_mtp(rank: int, world: int) -> None:
-    from megatron_deft import platform
-
-    platform.initialize()
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
-    from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler
-
-    from megatron_deft.models.build import transformer_config
-    from megatron_deft.models.spec import block_spec
-
-    config = transformer_config(SPEC, calculate_per_token_loss=True)
-    config.mtp_num_layers, config.mtp_loss_scaling_factor = 2, 0.6
-    layers = block_spec(config, SPEC)
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=layers,
-        mtp_block_spec=get_gpt_mtp_block_spec(config, layers, use_transformer_engine=False),
-        vocab_size=PADDED,
-        max_sequence_length=32,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=False,
-    )
-    MTPLossAutoScaler.set_loss_scale(torch.ones(1))
+    model = mtp_gpt(2, 0.6)
     tokens, labels, positions = batch()
     mask = (labels >= 0).float()
     results = []

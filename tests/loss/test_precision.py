@@ -91,7 +91,7 @@ def test_a_model_that_is_sure_keeps_its_digits(gap: float, world: int) -> None:
     ]
     valid = torch.ones(8, dtype=torch.bool)
     merged = judge(combine(torch.stack(parts)), valid, parse("nll"), 5000, None)
-    for got, exact in zip((merged.logp, merged.entropy), want, strict=True):
+    for got, exact in zip((merged.softmax.logp, merged.entropy), want, strict=True):
         torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=0)
     for form in FORMS.values():
         leaf = logits.clone().requires_grad_(True)
