@@ -13,7 +13,8 @@ from typing import Any, cast, get_type_hints
 import yaml
 
 from megatron_deft.config.aliases import released_help, released_names, translate
-from megatron_deft.config.schema import ONE_OF, RunConfig, Section, is_required
+from megatron_deft.config.schema import ONE_OF, RunConfig, is_required
+from megatron_deft.config.section import Section
 from megatron_deft.config.source import Dumper, Setting, read_overrides, read_yaml
 from megatron_deft.config.values import checked, type_words
 from megatron_deft.errors import UserError

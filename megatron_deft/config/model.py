@@ -1,0 +1,88 @@
+"""The model of a run: its weights and precision, its layout, and how the loss is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_deft.config.section import Section
+from megatron_deft.config.values import AT_LEAST_1, BELOW_1, NOT_EMPTY, key
+from megatron_deft.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Section):
+    """The weights training starts from (load or hf), and the precision it runs in."""
+
+    path: ClassVar[str] = "model."
+    load: str | None = key(
+        "folder written by `megatron-deft convert import` or by training", None, NOT_EMPTY
+    )
+    hf: str | None = key(
+        "Hugging Face folder, or a model in the local cache by its name; takes the place of load. "
+        "It is loaded as `convert import` would have converted it, without the proof",
+        None, NOT_EMPTY,
+    )  # fmt: skip
+    dtype: Literal["fp32", "bf16"] = key(
+        "precision of weights and activations; gradients and optimizer state are fp32 in both",
+        "bf16",
+    )
+    attention_dropout: float = key("probability of dropping an attention weight", 0.0, BELOW_1)
+    hidden_dropout: float = key("probability of dropping a residual-branch output", 0.0, BELOW_1)
+    recompute: Literal["none", "full"] = key(
+        "activations kept for the backward pass: all, or each layer's input alone (less memory, "
+        "about a third more compute)", "none"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """One of load and hf."""
+        super().__post_init__()
+        if (self.load is None) == (self.hf is None):
+            given = "neither is set" if self.load is None else f"{self.load} and {self.hf}"
+            raise UserError(f"model.load and model.hf: {given}; set one of them, the other is null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig(Section):
+    """How the processes share the model; the rest of them is data parallel."""
+
+    path: ClassVar[str] = "parallel."
+    tensor: int = key(
+        "processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1
+    )
+    pipeline: int = key("processes that share the layers, in consecutive blocks", 1, AT_LEAST_1)
+    virtual_pipeline: int | None = key(
+        "blocks of layers that each of those processes holds, run in turns (interleaved schedule); "
+        "null or 1: one", None, AT_LEAST_1
+    )  # fmt: skip
+    expert: int = key("data-parallel processes that share the experts of each layer", 1, AT_LEAST_1)
+    context: int = key(
+        "processes that share each sequence: its keys and values are gathered, the rest is split",
+        1, AT_LEAST_1
+    )  # fmt: skip
+    sequence: bool = key("shard norms and dropout over the sequence among the tensor ranks", False)
+    distributed_optimizer: bool = key("shard optimizer state among the data-parallel ranks", True)
+    overlap_grad_reduce: bool = key("reduce gradients while the backward pass still runs", False)
+    vocab_pad_multiple: int = key(
+        "the vocabulary is padded to a multiple of this times parallel.tensor", 128, AT_LEAST_1
+    )
+
+    @property
+    def chunks(self) -> int:
+        """Blocks of layers that one process holds."""
+        return self.virtual_pipeline or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig(Section):
+    """How the loss is computed; what it is does not change."""
+
+    path: ClassVar[str] = "loss."
+    fused_linear: Literal["auto", True, False] = key(
+        "make the loss from hidden states and output layer, a chunk of logits at a time and of "
+        "trained tokens alone; auto: with an output layer that allows it and is not tiny", "auto"
+    )  # fmt: skip
+    chunk_tokens: int | None = key(
+        "rows of logits that exist at a time; null: 40 MiB of them on the CPU; on a GPU 1 GiB, and "
+        "at least 4096 rows", None, AT_LEAST_1
+    )  # fmt: skip

@@ -1,0 +1,108 @@
+"""How a run goes: its optimizer, how long, what is kept of it and where it is watched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from megatron_deft.config.section import Section
+from megatron_deft.config.values import (
+    ABOVE_0,
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    FRACTION,
+    NOT_EMPTY,
+    key,
+)
+from megatron_deft.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig(Section):
+    """AdamW and the learning-rate schedule."""
+
+    path: ClassVar[str] = "optim."
+    lr: float = key("peak learning rate, reached when the warm-up ends", 1e-5, ABOVE_0)
+    min_lr: float = key("learning rate where cosine, linear and wsd end; <= lr", 0.0, AT_LEAST_0)
+    schedule: Literal["cosine", "wsd", "constant", "linear"] = key(
+        "shape after the warm-up; wsd (warm-up, stable, decay) holds lr, then falls as a cosine",
+        "cosine",
+    )
+    warmup_ratio: float = key("share of all steps spent in linear warm-up from 0", 0.1, FRACTION)
+    warmup_steps: int | None = key(
+        "warm-up in steps; takes the place of warmup_ratio", None, AT_LEAST_0
+    )
+    wsd_decay_ratio: float = key(
+        "wsd: share of the steps after warm-up spent in decay", 0.1, FRACTION
+    )
+    betas: tuple[float, float] = key("decay of the two moments", (0.9, 0.95), BELOW_1)
+    eps: float = key("added to the root of the second moment", 1e-8, ABOVE_0)
+    weight_decay: float = key("decoupled weight decay, per unit of learning rate", 0.01, AT_LEAST_0)
+    clip_grad: float = key(
+        "largest gradient norm over all parameters; 0: no clipping", 1.0, AT_LEAST_0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Section):
+    """How long to train and what to keep on the way. A step is one optimizer update."""
+
+    path: ClassVar[str] = "train."
+    global_batch: int = key("samples in one step, over all processes", 256, AT_LEAST_1)
+    micro_batch: int = key("samples in one forward pass of one data-parallel rank", 1, AT_LEAST_1)
+    epochs: float | None = key("passes over the data; 1 unless steps is given", None, ABOVE_0)
+    steps: int | None = key("number of steps; excludes epochs", None, AT_LEAST_1)
+    save_every: int | None = key(
+        "steps between checkpoints; null: none on the way", None, AT_LEAST_1
+    )
+    keep_checkpoints: int | None = key("newest checkpoints to keep; null: all", None, AT_LEAST_1)
+    save_at_end: bool = key("write a checkpoint after the last step", True)
+    val_every: int | None = key("steps between validations; null: after the last", None, AT_LEAST_1)
+    log_every: int = key(
+        "steps between progress lines; metrics.jsonl gets every step", 1, AT_LEAST_1
+    )
+    resume: str = key(
+        "no: start at step 0; auto: go on from the newest whole checkpoint of run_dir if there "
+        "is one; must: fail if there is none; else: the checkpoint folder to go on from",
+        "no", NOT_EMPTY,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """One of epochs and steps; epochs=1 when neither is given."""
+        super().__post_init__()
+        if self.epochs is not None and self.steps is not None:
+            raise UserError(
+                f"train.steps={self.steps} and train.epochs={self.epochs:g} exclude each other: "
+                "drop one, or set it to null"
+            )
+        if self.epochs is None and self.steps is None:
+            object.__setattr__(self, "epochs", 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Section):
+    """What becomes of checkpoints; when they are written is under train."""
+
+    path: ClassVar[str] = "checkpoint."
+    export_hf: Literal["never", "last", "every_save"] = key(
+        "write the last or every checkpoint as a Hugging Face folder too, run_dir/hf/step_N, "
+        "proven equal, in a process of its own on a CPU while training goes on (or, what is still "
+        "missing, when the run is resumed); train.keep_checkpoints counts for them as well",
+        "never",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MonitorConfig(Section):
+    """Where metrics go beside run_dir/metrics.jsonl, which is always written."""
+
+    path: ClassVar[str] = "monitor."
+    tensorboard: Literal["auto", True, False] = key("auto: when tensorboard is installed", "auto")
+    wandb: bool = key("log to Weights & Biases (WANDB_MODE=offline works without network)", False)
+    project: str = key("W&B project", "megatron_deft", NOT_EMPTY)
+    experiment: str | None = key("W&B run name; null: the name of run_dir", None, NOT_EMPTY)
+    landscape_every: int = key(
+        "steps between landscapes in metrics.jsonl (tokens and gradient over p and entropy, some "
+        "kB each), beside those of the first and the last step; 0: none at all", 20, AT_LEAST_0
+    )  # fmt: skip
