@@ -178,6 +178,8 @@ def _peaks(
 
     def above(run: Run, hidden: Tensor, work: Tensor) -> int | None:
         gc.collect()
+        for tensor in (weight, weight.main_grad):  # there, and not what the system took back
+            tensor.amax()
         extra = peak(run, hidden, work, clock)
         return None if extra is None else max(0, extra - fresh)
 

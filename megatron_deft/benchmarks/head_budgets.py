@@ -38,12 +38,16 @@ def _peak_over(name: str) -> Callable[[Row], float | None]:
     return lambda row: row["peak_over"][name]
 
 
-def _growth(row: Row) -> float | None:
-    """Peak with twice the tokens, less the gradient of the added hidden states, over peak."""
-    once, twice = row["peak_bytes"], row["peak_bytes_at_twice"]
-    if once is None or twice is None:
+def _twice_in_chunks(row: Row) -> float | None:
+    """Peak with twice the tokens, less the gradient of the added hidden states, in chunks.
+
+    And not over the peak with once the tokens: that would be a test of malloc, whose heap is some
+    MB larger in one run than in the next.
+    """
+    twice, chunk = row["peak_bytes_at_twice"], row["chunk_bytes"]
+    if twice is None or not chunk:
         return None
-    value: float = (twice - row["hidden_gradient_bytes"]) / once
+    value: float = (twice - row["hidden_gradient_bytes"]) / chunk
     return value
 
 
@@ -66,7 +70,7 @@ BUDGETS = (
            Figure(_OURS, _time_over_logits, 0.5), 0.6),
           (": peak over the logits path's", Figure(_OURS, _peak_over("logits-main-grad")), 1 / 8),
           (": peak in chunks of logits", Figure(_OURS, _peak_over("chunk_bytes")), 1.2),
-          (": peak at twice the tokens over peak", Figure(_OURS, _growth), 1.0),
+          (": peak in chunks, twice the tokens", Figure(_OURS, _twice_in_chunks), 1.2),
       )),
     _cuda("deft: milliseconds", Figure(_PLAIN, _milliseconds, 0.0), 17.3, plan=_TIMED),
     _cuda("deft: half ignored over none ignored", HalfIgnored(_PLAIN), 0.55, plan=_TIMED),
