@@ -1,10 +1,8 @@
 """One training run from top to bottom: load, loop, log, validate, save."""
 
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,9 +10,6 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_deft.config import RunConfig, dump_yaml, to_dict
-from megatron_deft.data import tokenizer as tokenizers
-from megatron_deft.data.batches import collate
-from megatron_deft.data.chat import render_sample
 from megatron_deft.data.loader import Step, load_steps
 from megatron_deft.data.mixture import Rows
 from megatron_deft.data.sampler import Indices, epochs, full_pass
@@ -23,7 +18,6 @@ from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
-from megatron_deft.models.families import ModelSpec
 from megatron_deft.platform import device
 from megatron_deft.training import checkpointing
 from megatron_deft.training.base import Base
@@ -33,44 +27,17 @@ from megatron_deft.training.exports import Exports
 from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.model import build_chunks, wrap_chunks
 from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters
+from megatron_deft.training.resume import changes
+from megatron_deft.training.samples import first_sample, load_tokenizer
 from megatron_deft.training.schedule import learning_rate
 from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums
 from megatron_deft.training.step import StepDenominator, forward_step
-
-# What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
-FREE_KEYS = (
-    "run_dir", "parallel", "loss", "monitor", "model.load", "model.hf", "checkpoint",
-    "data.show_sample", "data.workers", "data.prepare_workers",
-)  # fmt: skip
 
 
 def say(message: str) -> None:
     """A line for the person who runs this, once: from rank 0."""
     if dist.get_rank() == 0:
         print(message, flush=True)
-
-
-def load_tokenizer(cfg: RunConfig, folder: Path, spec: ModelSpec) -> Any:
-    """The tokenizer among a model's files, with the chat template that the run asks for.
-
-    Errors: UserError when the model is too small for it.
-    """
-    tokenizer = tokenizers.load_tokenizer(folder, cfg.data.template)
-    if len(tokenizer) > spec.vocab_size:
-        raise UserError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model {spec.vocab_size}: "
-            "resize the model's embeddings before converting it, or use its own tokenizer"
-        )
-    return tokenizer
-
-
-def show_sample(rows: Rows, tokenizer: Any) -> None:
-    """Print the first sample with its trained tokens marked."""
-    first = rows.documents(0)[0]
-    batch = collate([[first]], len(first.tokens) - 1, packed=False)
-    color = sys.stdout.isatty()
-    text = render_sample(tokenizer, batch["tokens"][0], batch["labels"][0], color)
-    say(f"first sample (trained tokens {'in green' if color else 'between ⟦ and ⟧'}):\n{text}\n")
 
 
 class Trainer:
@@ -95,7 +62,7 @@ class Trainer:
         for note in self.data.notes:
             say(note)
         if cfg.data.show_sample:
-            show_sample(self.data.train, tokenizer)
+            say(first_sample(self.data.train, tokenizer))
 
         self.model = build_chunks(cfg, spec)
         if resume is None:
@@ -135,7 +102,7 @@ class Trainer:
                 f"the data, or how samples are packed, changed since {folder.name} was saved: "
                 "samples come in another order"
             )
-        notes += _changes(manifest["config"], to_dict(self.cfg))
+        notes += changes(manifest["config"], to_dict(self.cfg))
         for note in notes:
             say(f"warning: {note}")
         say(f"resumed from {folder}: step {self.position.step}")
@@ -314,21 +281,3 @@ class Trainer:
         if dist.get_rank() == 0:
             self.exports.saved(folder, self.position.step == self.data.total_steps)
         return folder
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """What of a run's configuration is not as it was when the checkpoint was saved, line by line.
-
-    How a run is laid out, watched and saved may change freely; what it computes is named.
-    """
-    notes = []
-    for key, value in now.items():
-        name, old = prefix + key, before.get(key)
-        if name in FREE_KEYS or (name.startswith("train.") and name != "train.global_batch"):
-            continue
-        if isinstance(value, Mapping):
-            notes += _changes(old or {}, value, f"{name}.")
-        elif old != value:
-            order = "; samples come in another order" if name in ("seed", "data.shuffle") else ""
-            notes.append(f"{name} is {value} now and was {old}{order}")
-    return notes
