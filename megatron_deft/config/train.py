@@ -102,6 +102,10 @@ class MonitorConfig(Section):
     wandb: bool = key("log to Weights & Biases (WANDB_MODE=offline works without network)", False)
     project: str = key("W&B project", "megatron_deft", NOT_EMPTY)
     experiment: str | None = key("W&B run name; null: the name of run_dir", None, NOT_EMPTY)
+    peak_tflops: float | None = key(
+        "dense TFLOP/s of one device in model.dtype, of which mfu is a share; null: that of a GPU "
+        "by its name, for 16-bit types; on a CPU none", None, ABOVE_0
+    )  # fmt: skip
     landscape_every: int = key(
         "steps between landscapes in metrics.jsonl (tokens and gradient over p and entropy, some "
         "kB each), beside those of the first and the last step; 0: none at all", 20, AT_LEAST_0

@@ -43,11 +43,13 @@ class Step(NamedTuple):
     batches: its micro-batches, on the CPU
     length: positions of each row, over all context-parallel ranks; the same on every rank
     tokens: positions of the whole global batch that are not padding
+    lengths: positions of each of its documents, int64 [documents]
     """
 
     batches: list[Batch]
     length: int
     tokens: int
+    lengths: Indices
 
 
 class _Steps(Dataset[Step]):
@@ -60,7 +62,8 @@ class _Steps(Dataset[Step]):
         share = self.share
         # One length for the whole batch: pipeline stages and sequence shards need it to agree, and
         # every rank knows it without asking.
-        used = self.rows.positions(batch[batch != FILLER])
+        real = batch[batch != FILLER]
+        used = self.rows.positions(real)
         multiple = LENGTH_MULTIPLE * share.multiple * share.context_size
         length = -(-max(1, int(used.max(initial=1))) // multiple) * multiple
         mine = rank_share(batch, share.rank, share.size, share.micro_batch)
@@ -74,7 +77,7 @@ class _Steps(Dataset[Step]):
             )
             for rows in mine
         ]
-        return Step(batches, length, int(used.sum()))
+        return Step(batches, length, int(used.sum()), self.rows.lengths(real))
 
 
 def load_steps(
@@ -118,7 +121,7 @@ def _with_tensors(step: Any) -> Step:
         return made.pin_memory() if torch.cuda.is_available() else made
 
     batches = [{name: tensor(array) for name, array in b.items()} for b in step.batches]
-    return Step(batches, step.length, step.tokens)
+    return Step(*step)._replace(batches=batches)
 
 
 @contextmanager

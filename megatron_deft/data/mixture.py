@@ -36,6 +36,9 @@ class Rows(Protocol):
     def positions(self, rows: Indices) -> Indices:
         """Positions that each of `rows` takes in a batch, int64 [n]."""
 
+    def lengths(self, rows: Indices) -> Indices:
+        """Positions of every document of `rows`, without padding, int64 [documents]."""
+
 
 class SampleRows:
     """Rows of prepared sets for fine-tuning.
@@ -109,6 +112,18 @@ class SampleRows:
             else:
                 found[here] = positions(self.sets[number].lengths[local], self.context_size)
         return found
+
+    def lengths(self, rows: Indices) -> Indices:
+        """Positions of every document of `rows`, without padding, int64 [documents]."""
+        numbers = np.searchsorted(self._firsts, rows, side="right") - 1
+        found = [np.empty(0, np.int64)]
+        for number in np.unique(numbers):
+            samples = rows[numbers == number] - self._firsts[number]
+            if self.packed:
+                packs = self.packs[number]
+                samples = np.concatenate([packs[int(row)] for row in samples])
+            found.append(positions(self.sets[number].lengths[samples]))
+        return np.concatenate(found)
 
     def describe(self) -> list[str]:
         """A line for each set: samples, tokens, and how well they pack."""

@@ -135,6 +135,10 @@ class TextRows:
         """Positions that each of `rows` takes in a batch, int64 [n]: all the same."""
         return np.full(len(rows), self.length, np.int64)
 
+    def lengths(self, rows: Indices) -> Indices:
+        """Positions of every document of `rows`, without padding: a row is one."""
+        return self.positions(rows)
+
     def describe(self) -> list[str]:
         """A line for each dataset."""
         return self._description

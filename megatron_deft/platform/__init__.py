@@ -23,6 +23,7 @@ __all__ = [
     "backend",
     "cpu_platform",
     "device",
+    "device_name",
     "enter_cpu_platform",
     "import_megatron",
     "initialize",
@@ -41,6 +42,11 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
+
+
+def device_name() -> str:
+    """What the maker calls device(), such as "NVIDIA H100 80GB HBM3"; "CPU" without a GPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def backend() -> str:

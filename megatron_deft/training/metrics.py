@@ -191,7 +191,7 @@ def _step_of(line: str) -> float:
 
 def _short(value: float) -> str:
     """12345 -> 12.3k, 1234567 -> 1.23M."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
@@ -206,6 +206,8 @@ PROGRESS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("grad_norm", lambda value: f"grad {value:.3g}"),
     ("lr", lambda value: f"lr {value:.1e}"),
     ("tokens_per_second", lambda value: f"{_short(value)} tok/s"),
+    ("tflops", lambda value: f"{_short(value * 1e12)}FLOP/s"),
+    ("mfu", lambda value: f"mfu {value:.1%}"),
     ("val_loss", lambda value: f"val loss {value:.4f}"),
     ("val_ce", lambda value: f"val ce {value:.4g}"),
 )

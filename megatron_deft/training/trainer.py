@@ -18,10 +18,11 @@ from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
-from megatron_deft.platform import device
-from megatron_deft.training import checkpointing
+from megatron_deft.platform import device, device_name
+from megatron_deft.training import checkpointing, clock
 from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
+from megatron_deft.training.clock import Clock
 from megatron_deft.training.data import open_data, share_of_rank
 from megatron_deft.training.exports import Exports
 from megatron_deft.training.metrics import MetricsLog, progress_line
@@ -32,6 +33,7 @@ from megatron_deft.training.samples import first_sample, load_tokenizer
 from megatron_deft.training.schedule import learning_rate
 from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums
 from megatron_deft.training.step import StepDenominator, forward_step
+from megatron_deft.training.throughput import peak_tflops, throughput
 
 
 def say(message: str) -> None:
@@ -85,6 +87,10 @@ class Trainer:
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
         self.denominator = StepDenominator()
         self.model[0].config.finalize_model_grads_func = self.denominator.finalize
+        self.clock = Clock()
+        self.model[0].config.timers = self.optimizer.config.timers = self.clock
+        clock.time_head(self.model, self.clock)
+        self.peak = cfg.monitor.peak_tflops or peak_tflops(device_name(), cfg.model.dtype)
         if resume is not None:
             self._resume(resume)
         # the steps that follow; made when the first is asked for
@@ -127,6 +133,8 @@ class Trainer:
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
         )
         say(f"loss from {self._path_of_loss()}")
+        if self.peak is not None:
+            say(f"mfu: of {self.peak:g} TFLOP/s for each {device_name()}")
         log = None
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
@@ -157,14 +165,15 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One optimizer step on the next global batch; the metrics, the same on every rank."""
-        begin = time.perf_counter()
+        self.clock.restart()
+        self.clock.start(clock.STEP)
         cfg, data, position = self.cfg, self.data, self.position
         number = position.step + 1
         if self._steps is None:
             batches = data.batches(position.consumed, cfg.train.global_batch)
             self._steps = self._load(data.train, batches)
-        work = next(self._steps)
-        waited = time.perf_counter() - begin
+        with self.clock.part(clock.DATA):
+            work = next(self._steps)
         lr = learning_rate(cfg.optim, data.total_steps, number)
         set_hyper_parameters(self.optimizer, cfg.optim, lr)
         for chunk in self.ddp:
@@ -175,24 +184,27 @@ class Trainer:
         total = self._forward_backward(work, forward_only=False, landscape_vocab=vocab_size)
         metrics = means(total)
         self.landscape = None if vocab_size is None else landscape(total, vocab_size)
-        _, grad_norm, _ = self.optimizer.step()
+        with self.clock.part(clock.OPTIMIZER):
+            _, grad_norm, _ = self.optimizer.step()
         self.position = Position(number, position.consumed + cfg.train.global_batch)
         metrics["grad_norm"] = float(grad_norm or 0.0)
         self._stop_if_not_finite(metrics, number)
         if metrics["kept_tokens"] == 0 and not self._has_warned:
             self._has_warned = True
             say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
-        seconds = time.perf_counter() - begin
+        self.clock.stop(clock.STEP)
+        measured = clock.measurements(self.clock.read())
         self.tokens = None if self.tokens is None else self.tokens + work.tokens
-        return metrics | {
+        metrics |= {
             "lr": lr,
             "tokens": work.tokens,
-            "tokens_per_second": work.tokens / seconds,
-            "step_seconds": seconds,
-            "data_seconds": waited,
             "samples": self.position.consumed,
             "epoch": epochs(data.stream, self.position.consumed),
         }
+        return metrics | measured | throughput(
+            self.spec, work.lengths, metrics["kept_tokens"], measured["step_seconds"],
+            dist.get_world_size(), self.peak,
+        )  # fmt: skip
 
     def _has_landscape(self, step: int) -> bool:
         every = self.cfg.monitor.landscape_every

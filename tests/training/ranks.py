@@ -41,6 +41,14 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+MEASURED = ("_seconds", "_per_second", "tflops", "mfu", "peak_memory_gb")  # ends of names
+
+
+def same_but_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines without what was measured of the machine."""
+    return [{k: v for k, v in line.items() if not k.endswith(MEASURED)} for line in lines]
+
+
 def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
     os.environ["WORLD_SIZE"] = str(world)
     for cfg in configs:

@@ -9,9 +9,7 @@ from megatron_deft.config import ModelConfig
 from megatron_deft.errors import UserError
 from megatron_deft.training.base import read_base
 from tests.distributed import run_ranks
-from tests.training.test_trainer import config, metrics, train_all
-
-TIMES = ("tokens_per_second", "step_seconds", "data_seconds")
+from tests.training.ranks import config, metrics, same_but_time, train_all
 
 
 @pytest.mark.parametrize("layout", [{}, {"parallel.tensor": 2}], ids=["whole", "tensor"])
@@ -23,10 +21,7 @@ def test_the_same_run_from_both(base: Path, tmp_path: Path, layout: dict[str, in
         config(base, tmp_path / "hf", **common, **{"model.load": "null", "model.hf": base / "hf"}),
     ]
     run_ranks(world, train_all, configs)
-    ours, theirs = (
-        [{k: v for k, v in line.items() if k not in TIMES} for line in metrics(Path(cfg.run_dir))]
-        for cfg in configs
-    )
+    ours, theirs = (same_but_time(metrics(Path(cfg.run_dir))) for cfg in configs)
     assert ours == theirs
     steps = [tmp_path / name / "checkpoints" / "step_00000003" for name in ("load", "hf")]
     manifests = [json.loads((step / "megatron_deft.json").read_text()) for step in steps]

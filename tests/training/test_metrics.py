@@ -148,6 +148,9 @@ def test_progress_line_shows_what_there_is():
     line = progress_line({"loss": torch.tensor(0.5), "val_loss": 0.25}, 1, 100001, 1.0)
     assert line == "step 1/100001 | loss 0.5000 | val loss 0.2500 | eta 27:46:40"
     assert "950 tok/s" in progress_line({"tokens_per_second": 950.0}, 1, 2)
+    line = progress_line({"tflops": 411.6, "mfu": 0.4162}, 1, 2)
+    assert line == "step 1/2 | 412TFLOP/s | mfu 41.6%"
+    assert "1.24GFLOP/s" in progress_line({"tflops": 1.24e-3}, 1, 2)
     assert "1.5M tok/s" in progress_line({"tokens_per_second": 1.5e6}, 1, 2)
 
 

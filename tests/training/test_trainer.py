@@ -18,7 +18,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.revision import revision
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
-from tests.training.ranks import STEPS, config, metrics, train_all
+from tests.training.ranks import STEPS, config, metrics, same_but_time, train_all
 
 # Every family; of cayley the form whose mean does not depend on the data-parallel size.
 LAYOUT_FREE = [
@@ -81,11 +81,6 @@ def test_objectives_are_different_runs(whole: dict[str, Trajectory]) -> None:
     """No objective is quietly another: each has a trajectory of its own."""
     trajectories = {tuple(round(loss, 6) for loss, _ in steps) for steps in whole.values()}
     assert len(trajectories) == len(LAYOUT_FREE)
-
-
-def same_but_time(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    timed = ("tokens_per_second", "step_seconds", "data_seconds")
-    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 RESUMED = {
