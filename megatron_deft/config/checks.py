@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
+from megatron_deft.config.stages import check_stages, divisors
 from megatron_deft.errors import UserError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def validate(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> None:
     _check_layout(cfg, world_size)
     _check_interleaving(cfg, world_size)
     _check_experts(cfg, world_size, spec)
+    check_stages(cfg.parallel, None if spec is None else spec.num_layers)
     if spec is not None:
         _check_model(cfg, spec)
 
@@ -92,8 +94,15 @@ def _check_layout(cfg: RunConfig, world_size: int) -> None:
             "parallel.sequence=true with parallel.tensor=1: it shards among tensor ranks; "
             "set it to false, or parallel.tensor to 2 or more"
         )
+    if parallel.overlap_param_gather:
+        _check_param_gather(cfg)
     if parallel.context > 1:
         _check_context(cfg)
+    elif parallel.context_comm is not None:
+        raise UserError(
+            f"parallel.context_comm={parallel.context_comm} with parallel.context=1: no sequence "
+            "is shared; set it to null, or parallel.context to 2 or more"
+        )
     model_size = parallel.tensor * parallel.pipeline * parallel.context
     if world_size < 1 or world_size % model_size:
         raise UserError(
@@ -108,6 +117,15 @@ def _check_layout(cfg: RunConfig, world_size: int) -> None:
             f"train.micro_batch={train.micro_batch} x {ranks} data-parallel ranks = "
             f"{train.micro_batch * ranks}"
         )
+
+
+def _check_param_gather(cfg: RunConfig) -> None:
+    for key in ("distributed_optimizer", "overlap_grad_reduce"):
+        if not getattr(cfg.parallel, key):
+            raise UserError(
+                f"parallel.overlap_param_gather=true with parallel.{key}=false: parameters are "
+                "gathered bucket by bucket from the ranks that updated them; set both to true"
+            )
 
 
 def _check_context(cfg: RunConfig) -> None:
@@ -147,17 +165,28 @@ def _check_interleaving(cfg: RunConfig, world_size: int) -> None:
 
 
 def _check_experts(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> None:
-    parallel, ranks = cfg.parallel, cfg.data_parallel(world_size)
+    parallel, (key, tensor) = cfg.parallel, _expert_tensor(cfg)
+    ranks = world_size // (tensor * parallel.pipeline)
+    if parallel.expert_tensor is not None and (
+        world_size % (tensor * parallel.pipeline) or parallel.tensor % tensor
+    ):
+        raise UserError(
+            f"parallel.expert_tensor={tensor}: must divide parallel.tensor={parallel.tensor}: "
+            f"{divisors(parallel.tensor)}"
+        )
     if ranks % parallel.expert:
         raise UserError(
             f"parallel.expert={parallel.expert}: must divide the {ranks} data-parallel ranks "
-            f"({world_size} processes / parallel.tensor={parallel.tensor} / "
-            f"parallel.pipeline={parallel.pipeline}): {_divisors(ranks)}"
+            f"({world_size} processes / parallel.{key}={tensor} / "
+            f"parallel.pipeline={parallel.pipeline}): {divisors(ranks)}"
         )
-    if spec is not None and not spec.expert_layers and parallel.expert > 1:
-        raise UserError(
-            f"parallel.expert={parallel.expert}: the model has no experts to share; set it to 1"
-        )
+    if spec is not None and not spec.expert_layers:
+        for name, legal in (("expert", 1), ("expert_tensor", None)):
+            if (value := getattr(parallel, name)) not in (1, None):
+                raise UserError(
+                    f"parallel.{name}={value}: the model has no experts to share; set it to "
+                    f"{legal or 'null'}"
+                )
     has_experts = bool(spec.expert_layers) if spec is not None else parallel.expert > 1
     if has_experts and parallel.tensor > 1 and not parallel.sequence:
         raise UserError(
@@ -167,32 +196,33 @@ def _check_experts(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> 
         )
 
 
+def _expert_tensor(cfg: RunConfig) -> tuple[str, int]:
+    """By which key, and among how many ranks, an expert's matrices are shared."""
+    size = cfg.parallel.expert_tensor
+    return ("tensor", cfg.parallel.tensor) if size is None else ("expert_tensor", size)
+
+
 def _check_model(cfg: RunConfig, spec: ModelShape) -> None:
     parallel = cfg.parallel
     rules = [
         ("tensor", spec.num_attention_heads, "attention heads"),
         ("tensor", spec.num_query_groups, "key-value heads (query groups)"),
         ("tensor", spec.ffn_hidden_size, "feed-forward channels"),
-        ("pipeline", spec.num_layers, "layers"),
     ]
-    if parallel.chunks > 1:
-        stage = spec.num_layers // parallel.pipeline
-        rules.append(("virtual_pipeline", stage, "layers of a pipeline stage"))
     if spec.expert_layers:
-        rules.append(("tensor", spec.expert_ffn_hidden_size, "channels of an expert"))
+        rules.append((_expert_tensor(cfg)[0], spec.expert_ffn_hidden_size, "channels of an expert"))
         rules.append(("expert", spec.experts, "experts"))
+    if parallel.context_comm == "a2a" and not spec.num_query_groups % parallel.tensor:
+        heads = spec.num_query_groups // parallel.tensor
+        rules.append(("context", heads, "key-value heads of a tensor rank, which a2a trades"))
     for name, size, what in rules:
         parts = getattr(parallel, name)
         if size % parts:
             raise UserError(
-                f"parallel.{name}={parts}: must divide the model's {size} {what}: {_divisors(size)}"
+                f"parallel.{name}={parts}: must divide the model's {size} {what}: {divisors(size)}"
             )
     if cfg.data.max_length > spec.context_length:
         raise UserError(
             f"data.max_length={cfg.data.max_length}: must be <= the model's "
             f"context of {spec.context_length} positions"
         )
-
-
-def _divisors(size: int) -> str:
-    return ", ".join(str(n) for n in range(1, min(size, 64) + 1) if size % n == 0)

@@ -51,18 +51,45 @@ class ParallelConfig(Section):
         "processes that share each layer's matrices and the vocabulary", 1, AT_LEAST_1
     )
     pipeline: int = key("processes that share the layers, in consecutive blocks", 1, AT_LEAST_1)
+    account_for_embedding: bool = key(
+        "count the embedding as a layer where layers are divided among those processes: the first "
+        "gets one less", False
+    )  # fmt: skip
+    account_for_loss: bool = key("likewise the output layer and the loss, on the last", False)
+    first_stage_layers: int | None = key(
+        "layers of the first of those processes; the others share the rest equally; not together "
+        "with account_for_*; null: as all", None, AT_LEAST_1
+    )  # fmt: skip
+    last_stage_layers: int | None = key("likewise of the last", None, AT_LEAST_1)
     virtual_pipeline: int | None = key(
         "blocks of layers that each of those processes holds, run in turns (interleaved schedule); "
         "null or 1: one", None, AT_LEAST_1
     )  # fmt: skip
-    expert: int = key("data-parallel processes that share the experts of each layer", 1, AT_LEAST_1)
-    context: int = key(
-        "processes that share each sequence: its keys and values are gathered, the rest is split",
+    expert: int = key(
+        "data- (and context-) parallel processes that share the experts of each layer",
         1, AT_LEAST_1
+    )  # fmt: skip
+    expert_tensor: int | None = key(
+        "processes that share each expert's matrices; null: parallel.tensor. With 1 the tensor "
+        "processes can share whole experts instead: parallel.expert then counts them too",
+        None, AT_LEAST_1
+    )  # fmt: skip
+    context: int = key(
+        "processes that share each sequence: keys and values are exchanged, the rest is split",
+        1, AT_LEAST_1
+    )  # fmt: skip
+    context_comm: Literal["all_gather", "p2p", "a2a"] | None = key(
+        "how they exchange keys and values: gathered; round a ring (p2p); or traded for attention "
+        "heads (a2a); the latter two with TransformerEngine alone. null: p2p with it, else "
+        "all_gather", None
     )  # fmt: skip
     sequence: bool = key("shard norms and dropout over the sequence among the tensor ranks", False)
     distributed_optimizer: bool = key("shard optimizer state among the data-parallel ranks", True)
     overlap_grad_reduce: bool = key("reduce gradients while the backward pass still runs", False)
+    overlap_param_gather: bool = key(
+        "gather updated parameters while the next forward pass runs; needs distributed_optimizer "
+        "and overlap_grad_reduce", False
+    )  # fmt: skip
     vocab_pad_multiple: int = key(
         "the vocabulary is padded to a multiple of this times parallel.tensor", 128, AT_LEAST_1
     )

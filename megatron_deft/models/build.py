@@ -13,6 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
+from megatron_deft.errors import UserError
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
@@ -47,6 +48,12 @@ def transformer_config(
     context: int = 1,
     expert: int = 1,
     virtual: int | None = None,
+    context_comm: str | None = None,
+    expert_tensor: int | None = None,
+    account_for_embedding: bool = False,
+    account_for_loss: bool = False,
+    first_stage_layers: int | None = None,
+    last_stage_layers: int | None = None,
     sequence: bool = False,
     dtype: str = "fp32",
     recompute: str = "none",
@@ -61,6 +68,11 @@ def transformer_config(
         spec: the architecture.
         tensor, pipeline, context, expert: parallel sizes.
         virtual: model chunks of each pipeline stage (interleaved schedule); None: one.
+        context_comm: how ranks that share a sequence exchange keys and values: "all_gather", or
+            with TransformerEngine "p2p" or "a2a"; None: as the attention does it by itself.
+        expert_tensor: ranks that share each expert's matrices; None: `tensor`.
+        account_for_embedding, account_for_loss: count them as layers of the first, the last stage.
+        first_stage_layers, last_stage_layers: of those stages; None: as many as each other.
         sequence: split norms and dropout along the sequence; only has effect with tensor > 1, and
             then every batch's length must be a multiple of tensor.
         dtype: "fp32" or "bf16", of parameters, activations and what pipeline stages send.
@@ -73,6 +85,7 @@ def transformer_config(
             without that mark gradient norms count one rank's part.
     """
     assert perform_initialization or tensor == 1
+    _check_context_comm(spec, context_comm)
     # The fusions need it, or torch.compile on a GPU.
     fused = has_transformer_engine()
     return TransformerConfig(
@@ -91,7 +104,7 @@ def transformer_config(
         gated_linear_unit=True,
         rotary_interleaved=spec.rotary_interleaved,
         **_window(spec),
-        **_experts(spec, expert),
+        **_experts(spec, expert, expert_tensor or tensor),
         add_bias_linear=False,  # attention_out_bias and mlp_bias are in the layer spec
         add_qkv_bias=spec.qkv_bias,
         init_method_std=spec.initializer_range,
@@ -101,6 +114,15 @@ def transformer_config(
         tensor_model_parallel_size=tensor,
         pipeline_model_parallel_size=pipeline,
         context_parallel_size=context,
+        cp_comm_type=context_comm,
+        account_for_embedding_in_pipeline_split=account_for_embedding,
+        account_for_loss_in_pipeline_split=account_for_loss,
+        num_layers_in_first_pipeline_stage=first_stage_layers,
+        # Of two stages the first says it all, and megatron-core would divide by the number of
+        # those between them.
+        num_layers_in_last_pipeline_stage=(
+            None if pipeline == 2 and first_stage_layers else last_stage_layers
+        ),
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sequence and tensor > 1,
         bf16=dtype == "bf16",
@@ -128,6 +150,18 @@ def transformer_config(
     )
 
 
+def _check_context_comm(spec: ModelSpec, context_comm: str | None) -> None:
+    if context_comm in (None, "all_gather"):
+        return
+    reason = "" if has_transformer_engine() else "TransformerEngine, which is not here"
+    if spec.attention_softcap is not None:
+        reason = "an attention without a cap on its scores, which this model has"
+    if reason:
+        raise UserError(
+            f"parallel.context_comm={context_comm} needs {reason}: set it to all_gather or null"
+        )
+
+
 def _window(spec: ModelSpec) -> dict[str, Any]:
     """config.window_size counts the tokens before; the list marks the layers that have it."""
     if spec.window is None:
@@ -136,7 +170,7 @@ def _window(spec: ModelSpec) -> dict[str, Any]:
     return {"window_size": (spec.window - 1, 0), "window_attn_skip_freq": layers}
 
 
-def _experts(spec: ModelSpec, expert: int) -> dict[str, Any]:
+def _experts(spec: ModelSpec, expert: int, expert_tensor: int) -> dict[str, Any]:
     if not spec.expert_layers:
         return {}
     layers = [int(i in spec.expert_layers) for i in range(spec.num_layers)]
@@ -151,6 +185,7 @@ def _experts(spec: ModelSpec, expert: int) -> dict[str, Any]:
         "moe_router_dtype": "fp32",
         "moe_grouped_gemm": False,
         "expert_model_parallel_size": expert,
+        "expert_tensor_parallel_size": expert_tensor,
     }
 
 

@@ -61,6 +61,7 @@ def initialize(
     seed: int = 1234,
     *,
     expert: int = 1,
+    expert_tensor: int | None = None,
     virtual: int | None = None,
 ) -> None:
     """Start torch.distributed, megatron-core's process groups and the random generators.
@@ -72,6 +73,7 @@ def initialize(
     Args:
         tensor, pipeline, context: parallel sizes; the rest of the world is data parallel.
         expert: over how many ranks of a pipeline stage a layer's experts are spread.
+        expert_tensor: how many ranks share each expert's matrices; None: as many as `tensor`.
         virtual: model chunks of each pipeline stage (interleaved schedule); None: one.
         seed: of python, numpy, torch and megatron-core's generators; at least 0. Pipeline stages
             draw differently, and so do tensor-parallel ranks inside tensor-parallel regions;
@@ -88,12 +90,13 @@ def initialize(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     _start_torch_distributed()
     try:
-        _check_layout(tensor, pipeline, context, expert)
+        _check_layout(tensor, pipeline, context, expert, expert_tensor or tensor)
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             pipeline_model_parallel_size=pipeline,
             context_parallel_size=context,
             expert_model_parallel_size=expert,
+            expert_tensor_parallel_size=expert_tensor,
             virtual_pipeline_model_parallel_size=virtual,
         )
         seed_everything(seed)
@@ -119,17 +122,19 @@ def _start_torch_distributed() -> None:
     _owns_process_group = True
 
 
-def _check_layout(tensor: int, pipeline: int, context: int, expert: int) -> None:
+def _check_layout(
+    tensor: int, pipeline: int, context: int, expert: int, expert_tensor: int
+) -> None:
     world, model = dist.get_world_size(), tensor * pipeline * context
     if model < 1 or world % model:
         raise UserError(
             f"parallel: tensor {tensor} x pipeline {pipeline} x context {context} = {model} must "
             f"divide the {world} started process(es): change the sizes or torchrun --nproc-per-node"
         )
-    if expert < 1 or world % (tensor * pipeline * expert):
+    if expert < 1 or world % (expert_tensor * pipeline * expert):
         raise UserError(
-            f"parallel: tensor {tensor} x pipeline {pipeline} x expert {expert} must divide the "
-            f"{world} started process(es): change the sizes or torchrun --nproc-per-node"
+            f"parallel: expert tensor {expert_tensor} x pipeline {pipeline} x expert {expert} must "
+            f"divide the {world} started process(es): change the sizes or torchrun --nproc-per-node"
         )
 
 

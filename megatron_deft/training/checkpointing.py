@@ -22,6 +22,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
+from megatron_deft.config.stages import COUNTED, GIVEN
 from megatron_deft.convert import hf_folder
 from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
@@ -46,8 +47,22 @@ def _layout() -> dict[str, int]:
         "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
         "virtual": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(with_context_parallel=True),
     }
+
+
+def _draws(layout: Mapping[str, int], parallel: Mapping[str, Any]) -> list[Any]:
+    """Of a layout and the parallel section of a configuration, what random numbers depend on.
+
+    Data-parallel ranks draw alike, unless tensor ranks are spread over experts.
+    """
+    names = ["tensor", "pipeline", "virtual", "expert"]
+    spread = layout.get("expert_tensor", layout["tensor"])
+    if spread != layout["tensor"]:
+        names.append("data")
+    stages = (*COUNTED, *GIVEN)
+    return [spread, *(layout.get(n, 1) for n in names), *(parallel.get(n) or 0 for n in stages)]
 
 
 def _rng_state() -> dict[str, Any]:
@@ -73,9 +88,12 @@ def _rng_object(data: Any) -> ShardedObject:
     """One entry per pipeline stage, tensor and expert rank; other data-parallel ranks draw alike.
 
     Tensor and expert ranks are numbered together: without expert ranks the entries are the same as
-    in checkpoints from before there were any.
+    in checkpoints from before there were any. Where experts are not shared as matrices are, every
+    rank has its own.
     """
     layout, tensor = _layout(), parallel_state.get_tensor_model_parallel_rank()
+    if layout["expert_tensor"] != layout["tensor"]:
+        return ShardedObject("rng_state", data, (dist.get_world_size(),), (dist.get_rank(),))
     expert = parallel_state.get_expert_model_parallel_rank()
     return ShardedObject(
         "rng_state",
@@ -253,9 +271,9 @@ def load(
     state = _model_state(model)
     # Under a key that no checkpoint has: what older ones hold of parameter groups stays apart.
     state["restored"] = sharded_state(optimizer, state, is_loading=True)
-    layout, notes = _layout(), []
-    draws = ("tensor", "pipeline", "virtual", "expert")  # data-parallel ranks draw alike
-    same = all(layout[name] == manifest["layout"].get(name, 1) for name in draws)
+    notes: list[str] = []
+    before = _draws(manifest["layout"], manifest["config"]["parallel"])
+    same = before == _draws(_layout(), vars(cfg.parallel))
     if same:
         state["rng"] = _rng_object(None)
     else:

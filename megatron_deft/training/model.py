@@ -20,8 +20,14 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         tensor=parallel.tensor,
         pipeline=parallel.pipeline,
         context=parallel.context,
+        context_comm=parallel.context_comm,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         virtual=parallel.chunks if parallel.chunks > 1 else None,
+        account_for_embedding=parallel.account_for_embedding,
+        account_for_loss=parallel.account_for_loss,
+        first_stage_layers=parallel.first_stage_layers,
+        last_stage_layers=parallel.last_stage_layers,
         sequence=parallel.sequence,
         dtype=cfg.model.dtype,
         recompute=cfg.model.recompute,
@@ -40,10 +46,15 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
 
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:
     """The chunks with fp32 gradient buffers, reduced as configured."""
-    tcfg = chunks[0].config
+    tcfg, overlap_gather = chunks[0].config, cfg.parallel.overlap_param_gather
+    # The interleaved schedule starts the gathers of a chunk on all stages together: a stage that
+    # waited for them alone would hold up the others, which wait for its activations.
+    align = overlap_gather and cfg.parallel.chunks > 1
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=cfg.parallel.distributed_optimizer,
         overlap_grad_reduce=cfg.parallel.overlap_grad_reduce,
+        overlap_param_gather=overlap_gather,
+        align_param_gather=align,
         grad_reduce_in_fp32=True,
     )
     wrapped = [
@@ -66,4 +77,13 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedD
 
     if cfg.parallel.overlap_grad_reduce:
         tcfg.no_sync_func = no_sync
+    if align:
+        tcfg.param_sync_func = [chunk.start_param_sync for chunk in wrapped]
     return wrapped
+
+
+def complete_parameters(cfg: RunConfig, wrapped: Sequence[DistributedDataParallel]) -> None:
+    """Gather now what the next forward pass would gather on its way: before parameters are read."""
+    if cfg.parallel.overlap_param_gather:
+        for chunk in wrapped:
+            chunk.start_param_sync(force_sync=True)

@@ -20,6 +20,7 @@ def initialize(cfg: RunConfig) -> None:
         parallel.context,
         cfg.seed,
         expert=parallel.expert,
+        expert_tensor=parallel.expert_tensor,
         virtual=parallel.chunks if parallel.chunks > 1 else None,
     )
 

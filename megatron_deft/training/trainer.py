@@ -26,7 +26,7 @@ from megatron_deft.training.clock import Clock
 from megatron_deft.training.data import open_data, share_of_rank
 from megatron_deft.training.exports import Exports
 from megatron_deft.training.metrics import MetricsLog, progress_line
-from megatron_deft.training.model import build_chunks, wrap_chunks
+from megatron_deft.training.model import build_chunks, complete_parameters, wrap_chunks
 from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters
 from megatron_deft.training.resume import changes
 from megatron_deft.training.samples import first_sample, load_tokenizer
@@ -269,6 +269,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of where the run stands."""
         begin = time.perf_counter()
+        complete_parameters(self.cfg, self.ddp)
         folder = checkpointing.save(
             self.run_dir,
             self.model,

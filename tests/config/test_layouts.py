@@ -140,6 +140,65 @@ def test_impossible_experts_and_virtual_pipelines_are_refused(parallel, world, s
         assert part in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("parallel", "layers"),
+    [
+        ({"pipeline": 3, "account_for_loss": True}, 5),
+        ({"pipeline": 2, "account_for_embedding": True, "account_for_loss": True}, 6),
+        ({"pipeline": 2, "virtual_pipeline": 2, "account_for_embedding": True,
+          "account_for_loss": True}, 6),
+        ({"pipeline": 3, "first_stage_layers": 1, "last_stage_layers": 2}, 5),
+        ({"pipeline": 4, "last_stage_layers": 2}, 5),
+        ({"pipeline": 2, "first_stage_layers": 1, "last_stage_layers": 4}, 5),
+        ({"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 2}, 6),
+    ],
+)  # fmt: skip
+def test_stages_of_several_lengths_that_pass(parallel, layers):
+    config = make(parallel=ParallelConfig(**parallel), train=TrainConfig(global_batch=48))
+    config.validate(parallel["pipeline"], dataclasses.replace(Shape(), num_layers=layers))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "layers", "expected"),
+    [
+        ({"pipeline": 3, "account_for_embedding": True}, 6,
+         ["parallel.pipeline=3", "6 layers + 1 (parallel.account_for_embedding): 1, 7"]),
+        ({"pipeline": 3}, 5, ["5 layers: 1, 5", "account_for_loss", "first_stage_layers"]),
+        ({"account_for_loss": True}, 5, ["account_for_loss=true", "parallel.pipeline=1"]),
+        ({"last_stage_layers": 2}, 5, ["last_stage_layers=2 with parallel.pipeline=1"]),
+        ({"pipeline": 2, "account_for_loss": True, "first_stage_layers": 2}, 5,
+         ["account_for_loss=true and parallel.first_stage_layers=2", "not both"]),
+        ({"pipeline": 3, "first_stage_layers": 2}, 5,
+         ["first_stage_layers=2", "5 layers", "leave the 2 other stages", "equally many"]),
+        ({"pipeline": 3, "first_stage_layers": 4}, 5, ["first_stage_layers=4", "at least one"]),
+        ({"pipeline": 2, "first_stage_layers": 2, "last_stage_layers": 2}, 5,
+         ["together they must be 5"]),
+        ({"pipeline": 2, "virtual_pipeline": 2, "account_for_loss": True}, 5,
+         ["virtual_pipeline=2", "the 3 layers, parallel.account_for_loss=true counted", ": 1, 3"]),
+        ({"pipeline": 2, "virtual_pipeline": 2, "first_stage_layers": 4}, 7,
+         ["virtual_pipeline=2", "3 layers of a pipeline stage: 1, 3"]),
+        ({"overlap_param_gather": True}, 5,
+         ["overlap_param_gather=true", "parallel.overlap_grad_reduce=false", "both to true"]),
+        ({"overlap_param_gather": True, "overlap_grad_reduce": True,
+          "distributed_optimizer": False}, 5, ["parallel.distributed_optimizer=false"]),
+        ({"context_comm": "p2p"}, 5, ["context_comm=p2p", "parallel.context=1", "null"]),
+        ({"context": 4, "context_comm": "a2a"}, 5,
+         ["parallel.context=4", "2 key-value heads of a tensor rank", ": 1, 2"]),
+        ({"expert_tensor": 2}, 5, ["expert_tensor=2", "must divide parallel.tensor=1"]),
+        ({"tensor": 2, "expert_tensor": 2, "sequence": True}, 5,
+         ["expert_tensor=2", "no experts", "null"]),
+    ],
+)  # fmt: skip
+def test_stages_and_overlaps_that_are_refused(parallel, layers, expected):
+    config = make(parallel=ParallelConfig(**parallel), train=TrainConfig(global_batch=48))
+    world = parallel.get("pipeline", 1) * parallel.get("tensor", 1) * parallel.get("context", 1)
+    with pytest.raises(UserError) as caught:
+        config.validate(world, dataclasses.replace(Shape(), num_layers=layers))
+    assert "\n" not in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
+
+
 @pytest.mark.parametrize("value", [{"expert": 0}, {"virtual_pipeline": 0}])
 def test_parallel_sizes_are_at_least_one(value):
     with pytest.raises(UserError, match=">= 1"):

@@ -29,12 +29,16 @@ MODELS: dict[str, PretrainedConfig] = {
         norm_topk_prob=True,
         mlp_only_layers=[2, 3],
     ),
+    # stages of several lengths
+    "five": LlamaConfig(**SHAPE | {"num_hidden_layers": 5}, tie_word_embeddings=True),
+    "six": LlamaConfig(**SHAPE | {"num_hidden_layers": 6}, tie_word_embeddings=False),
 }
 RANKS = 4
 Keys = dict[str, Any]
 TP2: Keys = {"parallel.tensor": 2}
 SEQUENCE: Keys = {**TP2, "parallel.sequence": "true"}
 PP2: Keys = {"parallel.pipeline": 2}
+PP3: Keys = {"parallel.pipeline": 3}
 VPP2: Keys = {**PP2, "parallel.virtual_pipeline": 2}
 EP2: Keys = {"parallel.expert": 2}
 EP4: Keys = {"parallel.expert": 4}
@@ -46,6 +50,13 @@ STILL: Keys = {"optim.lr": 1e-30}  # too small to change a bit of a weight
 PACKED: Keys = {"data.pack": "true", "data.max_length": 128}
 FUSED: Keys = {"loss.fused_linear": "true", "loss.chunk_tokens": 3}
 CP2: Keys = {"parallel.context": 2}
+GATHER: Keys = {**OVERLAP, "parallel.overlap_param_gather": "true"}
+ETP1: Keys = {**SEQUENCE, "parallel.expert_tensor": 1}
+EMBEDDING: Keys = {"parallel.account_for_embedding": "true"}
+LOSS: Keys = {"parallel.account_for_loss": "true"}
+COUNTED = EMBEDDING | LOSS
+FIRST = "parallel.first_stage_layers"
+LAST = "parallel.last_stage_layers"
 OTHER_NUMBERS = {*BF16, *DROPOUT, *STILL}  # than one process's
 # Four micro-batches per rank where there are two data-parallel ranks, two where there are four.
 COMMON_KEYS: Keys = {"train.global_batch": 16, "train.save_every": 1, "optim.warmup_ratio": 0}
@@ -57,6 +68,12 @@ class Run(NamedTuple):
     model: str
     keys: Keys
     hops: tuple[Keys, ...] = ()
+    ranks: int = RANKS
+
+    @property
+    def form(self) -> str:
+        """What the run in one process that it equals is called."""
+        return f"{self.model} whole packed" if "data.pack" in self.keys else f"{self.model} whole"
 
 
 RUNS: dict[str, Run] = {
@@ -70,9 +87,17 @@ RUNS: dict[str, Run] = {
     "experts EP2 plain bf16": Run("experts", EP2 | PLAIN | BF16, ({},)),
     "experts VPP2 EP2 dropout": Run("experts", VPP2 | EP2 | DROPOUT, (VPP2 | EP2,)),
     "dense VPP2 packed": Run("dense", VPP2 | PACKED | FUSED),
-    "experts VPP2 EP2 packed": Run("experts", VPP2 | EP2 | PACKED),
+    "experts VPP2 EP2 packed": Run("experts", VPP2 | EP2 | PACKED | GATHER),
     "experts TP2 EP2 packed": Run("experts", SEQUENCE | EP2 | PACKED),
-    "experts CP2 EP2": Run("experts", CP2 | EP2 | FUSED),
+    "experts CP2 EP4": Run("experts", CP2 | EP4 | FUSED),
+    "five PP2 loss": Run("five", PP2 | LOSS, ({}, TP2 | PP2 | {LAST: 1})),
+    "five PP3 loss packed": Run("five", PP3 | LOSS | PACKED, (PP2 | EMBEDDING,), 3),
+    "six VPP2 embedding loss": Run("six", VPP2 | COUNTED | GATHER, (VPP2 | {FIRST: 2, LAST: 4},)),
+    "six VPP2 first": Run("six", VPP2 | {FIRST: 4}, (VPP2 | COUNTED, {})),
+    "six PP3 first last": Run("six", PP3 | {FIRST: 1, LAST: 2} | FUSED, (PP2,), 3),
+    "experts PP2 EP2 gather": Run("experts", PP2 | EP2 | GATHER),
+    "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4, (ETP1 | EP4, {})),
+    "experts TP2 ETP1 EP2": Run("experts", ETP1 | EP2),
     "experts VPP2 EP2 still": Run("experts", VPP2 | EP2 | STILL),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
@@ -114,14 +139,16 @@ def curve(run_dir: Path) -> list[tuple[float, float]]:
 def trained(root: Path) -> Path:
     """The folder of RUNS, and of every MODEL in one process."""
     keys = {**COMMON_KEYS, "train.steps": 3, "data.val_files": f"[{root / 'val.jsonl'}]"}
+    forms = {run.form: run for run in RUNS.values()} | {f"{m} whole": Run(m, {}) for m in MODELS}
     whole = [
-        config(root / name, root / f"{name} whole{form}", **keys, **changes)
-        for name in MODELS
-        for form, changes in (("", {}), (" packed", PACKED))
+        config(root / run.model, root / form, **keys, **(PACKED if "packed" in form else {}))
+        for form, run in forms.items()
     ]
-    split = [config(root / r.model, root / name, **keys, **r.keys) for name, r in RUNS.items()]
     run_ranks(1, train_all, whole)
-    run_ranks(RANKS, train_all, split)
+    for ranks in {run.ranks for run in RUNS.values()}:
+        runs = {name: run for name, run in RUNS.items() if run.ranks == ranks}
+        split = [config(root / r.model, root / name, **keys, **r.keys) for name, r in runs.items()]
+        run_ranks(ranks, train_all, split)
     return root
 
 
@@ -139,7 +166,8 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
     configs = {}
     for name, number in HOPS:
         run = RUNS[name]
-        layout = {key: value for key, value in run.keys.items() if key in (*PLAIN, *BF16, *DROPOUT)}
+        stays = (*PLAIN, *BF16, *DROPOUT, *PACKED)
+        layout = {key: value for key, value in run.keys.items() if key in stays}
         layout |= run.hops[number - 1]
         start = step_folder(moved_to(trained, name, number - 1), 2)
         keys = {**COMMON_KEYS, "train.steps": 3, "train.save_at_end": "false"}
@@ -152,9 +180,8 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
 
 @pytest.mark.parametrize("name", [n for n, run in RUNS.items() if not OTHER_NUMBERS & {*run.keys}])
 def test_a_layout_trains_as_one_process(trained: Path, name: str) -> None:
-    form = " packed" if name.endswith("packed") else ""
-    whole, split = trained / f"{RUNS[name].model} whole{form}", trained / name
-    if form:
+    whole, split = trained / RUNS[name].form, trained / name
+    if "packed" in whole.name:
         plain = metrics(trained / f"{RUNS[name].model} whole")
         assert metrics(whole)[0]["kept_tokens"] > 1.5 * plain[0]["kept_tokens"], "nothing packed"
     losses = curve(whole)
@@ -174,7 +201,14 @@ def test_a_layout_trains_as_one_process(trained: Path, name: str) -> None:
 
 def test_the_layout_is_recorded(trained: Path) -> None:
     manifest = read_manifest(step_folder(trained / "experts VPP2 EP2", 1))
-    assert manifest["layout"] == {"tensor": 1, "pipeline": 2, "virtual": 2, "expert": 2, "data": 2}
+    assert manifest["layout"] == {
+        "tensor": 1,
+        "pipeline": 2,
+        "virtual": 2,
+        "expert": 2,
+        "data": 2,
+        "expert_tensor": 1,
+    }
 
 
 @pytest.mark.parametrize(("name", "number"), HOPS)
