@@ -56,6 +56,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "config": _or_none(dict),
     "layout": _or_none(dict),
     "license": _or_none(dict),
+    "adapter": _or_none(dict),
 }
 
 _STEP_NAME = re.compile(r"step_(\d{8,})")

@@ -6,6 +6,7 @@
 
 from megatron_deft.config.data import DataConfig
 from megatron_deft.config.load import config_help, dump_yaml, load_config, to_dict
+from megatron_deft.config.lora import LoraConfig
 from megatron_deft.config.model import LossConfig, ModelConfig, ParallelConfig
 from megatron_deft.config.schema import RunConfig
 from megatron_deft.config.train import CheckpointConfig, MonitorConfig, OptimConfig, TrainConfig
@@ -13,6 +14,7 @@ from megatron_deft.config.train import CheckpointConfig, MonitorConfig, OptimCon
 __all__ = [
     "CheckpointConfig",
     "DataConfig",
+    "LoraConfig",
     "LossConfig",
     "ModelConfig",
     "MonitorConfig",

@@ -44,6 +44,9 @@ RENAMED: dict[str, Rename] = {
     "data.chat_template": Rename("data.template", unset=("",)),
     "model.partial_pretrain": Rename("model.hf"),
     "model.enable_gradient_checkpointing": Rename("model.recompute", {True: "full", False: "none"}),
+    "model.lora_rank": Rename("lora.rank", {0: None}),
+    "model.lora_alpha": Rename("lora.alpha", unset=(None,)),
+    "model.target_modules": Rename("lora.targets", unset=(None,)),
     "model.fsdp_config.model_dtype": Rename("model.dtype", {"bfloat16": "bf16", "float32": "fp32"}),
     "optim.warmup_steps_ratio": Rename("optim.warmup_ratio"),
     "optim.lr_scheduler": Rename("optim.schedule"),
@@ -95,6 +98,12 @@ RENAMED: dict[str, Rename] = {
     "packing": Rename("data.pack"),
     "neat_packing": Rename("data.pack"),
     "preprocessing_num_workers": Rename("data.prepare_workers"),
+    "lora_rank": Rename("lora.rank"),
+    "lora_alpha": Rename("lora.alpha"),
+    "lora_dropout": Rename("lora.dropout"),
+    "lora_target": Rename("lora.targets", {"all": "all-linear"}),
+    "target_modules": Rename("lora.targets"),
+    "use_rslora": Rename("lora.rslora"),
     "dataloader_num_workers": Rename("data.workers"),
 }
 
@@ -106,8 +115,6 @@ NO_EFFECT: dict[str, str] = {
     "data.use_shm": "data are read where they are",
     "use_remove_padding": "padding tokens never count, with or without it",
     "trainer.device": "the device is found",
-    "model.lora_alpha": "used with model.lora_rank > 0 only",
-    "model.target_modules": "used with model.lora_rank > 0 only",
     "data.multiturn.enable_thinking_key": "used by templates that ask for it only",
 }
 
@@ -119,7 +126,6 @@ ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "data.custom_cls.name": (_NONE, "data.format selects how rows are read"),
     "model.external_lib": (_NONE, "no code is loaded from a configuration"),
     "model.trust_remote_code": (_NONE, "no code is loaded from a model folder"),
-    "model.lora_rank": (_NONE, "every weight is trained; low-rank adapters are not supported"),
     "model.fsdp_config.cpu_offload": (_NONE, "weights stay on the device"),
     "model.fsdp_config.offload_params": (_NONE, "weights stay on the device"),
     "trainer.default_hdfs_dir": (_NONE, "checkpoints go to run_dir alone"),

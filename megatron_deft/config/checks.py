@@ -130,10 +130,14 @@ def _check_param_gather(cfg: RunConfig) -> None:
 
 def _check_context(cfg: RunConfig) -> None:
     name, model, data = f"parallel.context={cfg.parallel.context}", cfg.model, cfg.data
-    for key in ("attention_dropout", "hidden_dropout"):
-        if getattr(model, key):
+    for key, dropout in (
+        ("model.attention_dropout", model.attention_dropout),
+        ("model.hidden_dropout", model.hidden_dropout),
+        ("lora.dropout", cfg.lora.dropout),
+    ):
+        if dropout:
             raise UserError(
-                f"model.{key}={getattr(model, key):g} with {name}: the ranks that share a sequence "
+                f"{key}={dropout:g} with {name}: the ranks that share a sequence "
                 "would drop alike; set it to 0"
             )
     multiple = 2 * cfg.parallel.context

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from megatron_deft.config import checks
 from megatron_deft.config.checks import ModelShape
 from megatron_deft.config.data import DataConfig
+from megatron_deft.config.lora import LoraConfig
 from megatron_deft.config.model import LossConfig, ModelConfig, ParallelConfig
 from megatron_deft.config.section import Section
 from megatron_deft.config.train import CheckpointConfig, MonitorConfig, OptimConfig, TrainConfig
@@ -32,6 +33,7 @@ class RunConfig(Section):
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig
+    lora: LoraConfig = field(default_factory=LoraConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -5,6 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 
+from megatron_deft.errors import UserError
+
+MADE = {
+    "hf": "a Hugging Face folder",
+    "nemo": "a NeMo 2 checkpoint",
+    "peft": "adapters for peft and vLLM",
+}
 FOLDER = "a Hugging Face folder or cached model, weights, a checkpoint or a run"
 
 
@@ -26,7 +33,11 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `convert export`."""
     add = parser.add_argument
     add("checkpoint", metavar="CHECKPOINT", help="checkpoint, run or weights")
-    add("--format", choices=("hf", "nemo"), default="hf", help="of OUT [hf]")
+    add(
+        "--format", choices=("hf", "nemo", "peft"), default="hf",
+        help="of OUT [hf: adapters are merged into their base; peft: adapters alone]",
+    )  # fmt: skip
+    add("--base", metavar="FOLDER", help="of adapters: where their base lies now [where it was]")
     _add_conversion_arguments(parser)
 
 
@@ -58,21 +69,26 @@ def run_import(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Convert to a Hugging Face folder or a NeMo 2 checkpoint; returns 0."""
     rest = args.out, args.dtype, args.overwrite, args.verify
-    if nemo := args.format == "nemo":
+    if args.format != "hf" and args.base is not None:
+        raise UserError(f"--base={args.base} with --format {args.format}: no base is read; drop it")
+    if args.format == "nemo":
         from megatron_deft.convert.nemo import export_nemo
 
         export_nemo(args.checkpoint, *rest)
+    elif args.format == "peft":
+        from megatron_deft.convert.peft import export_peft
+
+        export_peft(args.checkpoint, *rest)
     else:
         from megatron_deft.convert.hf import export_hf
 
-        export_hf(args.checkpoint, *rest)
-    made = "a NeMo 2 checkpoint" if nemo else "a Hugging Face folder"
-    print(f"{args.out}: {made}" + _proof(args.verify, nemo))
+        export_hf(args.checkpoint, *rest, base=args.base)
+    print(f"{args.out}: {MADE[args.format]}" + _proof(args.verify, args.format != "hf"))
     return 0
 
 
-def _proof(verified: bool, nemo: bool) -> str:
-    compared = "tensors" if nemo else "logits"
+def _proof(verified: bool, tensors: bool) -> str:
+    compared = "tensors" if tensors else "logits"
     return f", {compared} equal to the source's" if verified else ", not verified"
 
 

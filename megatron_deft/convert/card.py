@@ -34,23 +34,26 @@ def read_license(folder: Path) -> dict[str, Any]:
     return {k: named[k] for k in LICENSE_KEYS if isinstance(named.get(k), str | list)}
 
 
-def model_card(manifest: Mapping[str, Any]) -> str:
+def model_card(manifest: Mapping[str, Any], library: str = "transformers") -> str:
     """README.md: what the model is, what it was trained from and on, with which objective, how far.
 
     manifest: of the exported folder; what an earlier version did not record is left out
+    library:  that loads it: transformers, or peft for adapters alone
     """
     base, objective = manifest.get("base"), manifest.get("objective")
     trained = manifest["kind"] == "training"
-    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    front: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     front |= manifest.get("license") or {}
     if base and is_hub_name(base):
         front["base_model"] = base
-        front |= {"base_model_relation": "finetune"} if trained else {}
+        relation = "adapter" if library == "peft" else "finetune"
+        front |= {"base_model_relation": relation} if trained else {}
     front["tags"] = ["megatron_deft"]
     if objective:
         front["tags"].append(re.split(r"\W", objective)[0])  # deft of deft(eps=1e-06)
     facts = {"Family": manifest["spec"]["family"], "Base model": base}
     facts |= _training(manifest) if trained else {}
+    facts |= {"Adapters": _adapters(manifest, library)}
     facts["Exported by"] = f"megatron_deft {revision()}"
     lines = [f"- {name}: {value}" for name, value in facts.items() if value is not None]
     head = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
@@ -73,6 +76,14 @@ def _training(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "Tokens seen": None if tokens is None else f"{tokens} (prompts and responses)",
         "Trained by": f"megatron_deft {revised}" if revised else None,
     }
+
+
+def _adapters(manifest: Mapping[str, Any], library: str) -> str | None:
+    if not (adapter := manifest.get("adapter")):
+        return None
+    merged = "" if library == "peft" else ", merged"
+    targets = ", ".join(adapter["targets"])
+    return f"rank {adapter['rank']}, alpha {adapter['alpha']:g} on {targets}{merged}"
 
 
 def _files(paths: list[str] | None) -> str | None:

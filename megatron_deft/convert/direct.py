@@ -17,6 +17,7 @@ from megatron_deft.convert import mapping
 from megatron_deft.convert.mapping import Parameter
 from megatron_deft.convert.sources import HFSource
 from megatron_deft.convert.streams import progress_bar
+from megatron_deft.models.adapters import is_adapter
 
 
 @torch.no_grad()
@@ -37,7 +38,8 @@ def load_hf(
     }
     parts = [(places[_place(part)], part) for chunk in chunks for part in _parts(chunk)]
     filled = sum(part.data.numel() for _, part in parts)
-    assert filled == sum(p.numel() for chunk in chunks for p in chunk.parameters())
+    named = [item for chunk in chunks for item in chunk.named_parameters()]
+    assert filled == sum(p.numel() for name, p in named if not is_adapter(name))
     parts.sort(key=lambda pair: pair[0])  # the parts of one parameter follow each other
     with progress_bar("load", sum(part.data.nbytes for _, part in parts), progress) as bar:
         for number, group in groupby(parts, key=lambda pair: pair[0]):
@@ -45,11 +47,13 @@ def load_hf(
 
 
 def _parts(chunk: Any) -> list[Any]:
-    """The ShardedTensors of a model; what megatron-core glues together (gate and up) is apart."""
+    """The ShardedTensors of a model; what megatron-core glues together (gate and up) is apart,
+    and adapters are none of the source's."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    state = chunk.sharded_state_dict()
+    found = chunk.sharded_state_dict()
+    state = {name: part for name, part in found.items() if not is_adapter(name)}
     apply_factories(state)
     return [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
 

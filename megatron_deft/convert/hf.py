@@ -18,9 +18,10 @@ from torch import Tensor
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import card, hf_folder, mapping, portable, tokenizer
 from megatron_deft.convert import verify as proof
+from megatron_deft.convert.adapters import open_ours
 from megatron_deft.convert.hf_folder import Piece, some
 from megatron_deft.convert.mapping import Parameter, Slot
-from megatron_deft.convert.sources import HFSource, StateSource
+from megatron_deft.convert.sources import HFSource, Source
 from megatron_deft.convert.state import DATA_SUFFIX, Chunk, write_state
 from megatron_deft.convert.streams import nothing_follows, progress_bar
 from megatron_deft.errors import UserError
@@ -96,6 +97,7 @@ def export_hf(
     overwrite: bool = False,
     verify: bool = True,
     shard_bytes: int = hf_folder.SHARD_BYTES,
+    base: str | Path | None = None,
 ) -> Path:
     """Convert a weights, checkpoint or run folder into the Hugging Face folder `out`; returns it.
 
@@ -106,6 +108,8 @@ def export_hf(
         overwrite: replace an earlier Hugging Face folder at `out`.
         verify: prove that both models are the same before `out` appears (convert/verify.py).
         shard_bytes: largest safetensors file, bytes.
+        base: of a checkpoint of adapters, which are merged: where its base lies now, if not where
+            it was.
 
     Every file of the source is compared with its checksum before `out` appears. Without `verify`
     a training checkpoint's tensor files are compared by size only: they hold far more than weights.
@@ -120,7 +124,7 @@ def export_hf(
     require_whole(folder, checksums=manifest["files"].keys() - large)
     hashes = folders.FollowingHashes(folder)
     follow = verify or manifest["kind"] == "weights"
-    source = StateSource(folder, hashes.reached if follow else nothing_follows)
+    source = open_ours(folder, hashes.reached if follow else nothing_follows, base)
     pieces = _pieces(source, target_dtype)
     if manifest.get("tied_copy"):
         pieces.append(_tied_copy(pieces))
@@ -148,7 +152,7 @@ def export_hf(
         folders.write_source(target, manifest)
         (target / "README.md").write_text(card.model_card(manifest), encoding="utf-8")
         if verify:
-            proof.require_equal(target, folder, dtype)
+            proof.require_equal(target, folder, dtype, base)
             if warning := tokenizer.disagreement(target):
                 logger.warning("%s", warning)
     return out
@@ -224,7 +228,7 @@ def _load_slot(source: HFSource, parameter: Parameter, slot: Slot, dtype: torch.
     return source.read(parameter, dtype).reshape(slot.shape)
 
 
-def _pieces(source: StateSource, dtype: torch.dtype | None) -> list[Piece]:
+def _pieces(source: Source, dtype: torch.dtype | None) -> list[Piece]:
     """What write_weights is to write: the Hugging Face tensors of one parameter together."""
     pieces: list[Piece] = []
     for parameter in source.parameters:
@@ -233,7 +237,7 @@ def _pieces(source: StateSource, dtype: torch.dtype | None) -> list[Piece]:
     return pieces
 
 
-def _split(source: StateSource, parameter: Parameter, dtype: torch.dtype) -> dict[str, Tensor]:
+def _split(source: Source, parameter: Parameter, dtype: torch.dtype) -> dict[str, Tensor]:
     return mapping.split(parameter, source.read(parameter, dtype), source.spec)
 
 

@@ -23,7 +23,11 @@ from megatron_deft.convert.tokens import has_tokenizer
 from megatron_deft.errors import UserError
 from megatron_deft.models.families import ModelSpec, spec_from_hf
 
-KINDS = {"weights": "imported weights", "training": "training checkpoint"}
+KINDS = {
+    "weights": "imported weights",
+    "training": "training checkpoint",
+    "adapters": "training checkpoint of adapters",
+}
 METADATA = "state/.metadata"
 # Field of a ModelSpec -> key of a config.json, for a family that cannot be converted.
 HF_KEYS = {
@@ -136,7 +140,7 @@ def _ours(path: Path, checksums: bool) -> Inspection:
     ]
     return Inspection(
         str(path),
-        KINDS[manifest["kind"]],
+        KINDS["adapters" if manifest.get("adapter") else manifest["kind"]],
         ModelSpec.from_json(manifest["spec"]).to_json(),
         None,
         {**_origin(manifest), **_tokenizer(path / "hf")},
@@ -157,8 +161,17 @@ def _origin(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "data": data.get("train_files"),
         "samples": manifest.get("consumed"),
         "layout": manifest.get("layout"),
+        "adapters": _adapters(manifest.get("adapter")),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _adapters(entry: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Of a checkpoint of adapters: what they are, and the base whose weights they need."""
+    if entry is None:
+        return None
+    shown = {name: entry[name] for name in ("rank", "alpha", "rslora", "targets")}
+    return {**shown, "of": entry["base"]["path"]}
 
 
 def _entry(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Entry:
@@ -187,7 +200,7 @@ def describe(found: Inspection, tensors: bool = False) -> str:
     rows += [("not convertible", found.convertible)] if found.convertible else []
     rows += [("parameters", _amount(found.tensors))] if found.tensors else []
     rows += [(name, _text(value)) for name, value in found.origin.items()]
-    if found.kind == KINDS["training"]:
+    if found.kind in (KINDS["training"], KINDS["adapters"]):
         state = _amount(found.optimizer) if found.optimizer else "none"
         rows.append(("optimizer state", state))
     rows += [("problem", problem) for problem in found.problems]

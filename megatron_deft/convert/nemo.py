@@ -129,6 +129,11 @@ def export_nemo(
     hf.check_target(out, source, overwrite, "context")
     target = hf.named_dtype(dtype)
     manifest = folders.read_manifest(source)
+    if manifest.get("adapter"):
+        raise UserError(
+            f"{source} holds adapters: merge them first (`megatron-deft convert export {source} "
+            "HF`), import HF, and export that"
+        )
     spec = ModelSpec.from_json(manifest["spec"])
     model, config, arguments = nemo_config(spec)
     nemo_checkpoint.require_nemo()

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import mapping, stages
+from megatron_deft.convert.adapters import open_ours
 from megatron_deft.convert.mapping import LAYERS, Parameter
-from megatron_deft.convert.sources import StateSource
 from megatron_deft.convert.stages import Batch, Dtypes, Facts, Read, Sink, Unit
 from megatron_deft.errors import UserError
 from megatron_deft.platform import backend, cpu_platform, device, initialize, shutdown
@@ -30,15 +30,16 @@ OUTPUT, WORDS = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
 class Megatron:
-    """A weights, checkpoint or run folder as a Side.
+    """A weights, checkpoint or run folder as a Side; of adapters, merged with their base.
 
+    base: where that lies now, if not where it was
     Errors: UserError when it is no such folder, or when its state is not the model of its spec.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, base: str | Path | None = None) -> None:
         self.path = folders.resolve(folder)
         self.tokenizer = self.path / "hf"
-        self.source = StateSource(self.path)
+        self.source = open_ours(self.path, base=base)
         self.spec = spec = self.source.spec
         self.facts = Facts(spec.num_layers, spec.hidden_size, spec.vocab_size, spec.context_length)
         self.windows = spec.windows

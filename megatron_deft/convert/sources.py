@@ -4,7 +4,7 @@ A Hugging Face folder and a Megatron state look alike from here, so whoever read
 export, verification, training) need not know which it is.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -113,29 +113,7 @@ class StateSource:
         self.spec = ModelSpec.from_json(self.manifest["spec"])
         self.parameters = mapping.parameters(self.spec)
         self._reader = StateReader(folder / "state", reached)
-        self._slots = self._account()
-
-    def _account(self) -> dict[Parameter, Slot]:
-        """Match every tensor of the state to a parameter, or fail by name."""
-        stored = self._reader.tensors
-        slots = {
-            p: next((s for s in mapping.slots(p, self.spec) if s.key in stored), None)
-            for p in self.parameters
-        }
-        found = {parameter: slot for parameter, slot in slots.items() if slot is not None}
-        missing = [p.megatron for p in self.parameters if p not in found]
-        unexpected = {key for key in stored if not key.startswith(OPTIMIZER_PREFIXES)}
-        unexpected -= {slot.key for slot in found.values()}
-        _require_none_left(self.path / "state", missing, unexpected, self.spec)
-        for parameter, slot in found.items():
-            size = tuple(stored[slot.key].size)
-            enough = size[0] >= slot.size[0] if parameter.padded else size[0] == slot.size[0]
-            if not enough or size[1:] != slot.size[1:]:
-                raise UserError(
-                    f"{self.path}: {slot.key} has shape {list(size)}, the model's spec says "
-                    f"{list(slot.size)}: {folders.MANIFEST} and state are of different models"
-                )
-        return found
+        self._slots = find_slots(folder, self.parameters, self.spec, self._reader.tensors)
 
     def dtypes(self, parameter: Parameter) -> list[torch.dtype]:
         """See Source."""
@@ -146,6 +124,32 @@ class StateSource:
         """See Source."""
         tensor = self._reader.read(self._slots[parameter])
         return tensor.reshape(mapping.megatron_shape(parameter, self.spec)).to(dtype)
+
+
+def find_slots(
+    folder: Path, parameters: Sequence[Parameter], spec: ModelSpec, stored: Mapping[str, Any]
+) -> dict[Parameter, Slot]:
+    """Where each parameter lies in a state: every tensor `stored` there matched to one.
+
+    Errors: UserError naming what is missing, left over or of another shape.
+    """
+    slots = {
+        p: next((s for s in mapping.slots(p, spec) if s.key in stored), None) for p in parameters
+    }
+    found = {parameter: slot for parameter, slot in slots.items() if slot is not None}
+    missing = [p.megatron for p in parameters if p not in found]
+    unexpected = {key for key in stored if not key.startswith(OPTIMIZER_PREFIXES)}
+    unexpected -= {slot.key for slot in found.values()}
+    _require_none_left(folder / "state", missing, unexpected, spec)
+    for parameter, slot in found.items():
+        size = tuple(stored[slot.key].size)
+        enough = size[0] >= slot.size[0] if parameter.padded else size[0] == slot.size[0]
+        if not enough or size[1:] != slot.size[1:]:
+            raise UserError(
+                f"{folder}: {slot.key} has shape {list(size)}, the model's spec says "
+                f"{list(slot.size)}: {folders.MANIFEST} and state are of different models"
+            )
+    return found
 
 
 def _require_none_left(

@@ -57,6 +57,7 @@ from megatron_deft.convert.streams import (
     read_into,
 )
 from megatron_deft.errors import UserError
+from megatron_deft.models.adapters import is_adapter
 
 # CheckpointingConfig of megatron/core/dist_checkpointing/core.py: which reader to use.
 BACKENDS = {
@@ -312,12 +313,13 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
     from megatron.core import dist_checkpointing
 
     chunks = [model] if isinstance(model, torch.nn.Module) else model
-    # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none.
+    # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none. Adapters
+    # begin at zero, or come from a checkpoint of their own.
     wanted = {
         f"model{i}": {
             key: value
             for key, value in chunk.sharded_state_dict().items()  # type: ignore[operator]
-            if not key.endswith("_extra_state")
+            if not key.endswith("_extra_state") and not is_adapter(key)
         }
         for i, chunk in enumerate(chunks)
     }
@@ -325,6 +327,10 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
     loaded = dist_checkpointing.load(wanted, str(folder))
     for i, chunk in enumerate(chunks):
         result = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [key for key in result.missing_keys if not key.endswith("_extra_state")]
+        missing = [
+            key
+            for key in result.missing_keys
+            if not key.endswith("_extra_state") and not is_adapter(key)
+        ]
         assert not missing, missing
         assert not result.unexpected_keys, result.unexpected_keys

@@ -133,6 +133,7 @@ def verify(
     b: str | Path,
     prompts: Sequence[str] | None = None,
     dtype: str | None = None,
+    base: str | Path | None = None,
 ) -> Report:
     """Compare two models: every tensor, and on some tokens every layer's output and the logits.
 
@@ -154,11 +155,12 @@ def verify(
         prompts: texts in place of the built-in ones; they need a tokenizer in one of the folders.
         dtype: round all weights to it first ("fp32", "bf16"); None takes for every tensor the
             coarser of the two that are stored, so a bf16 model equals what it was rounded from.
+        base: where the base of a checkpoint of adapters lies now, if not where it was.
 
     Errors: UserError in a run of several processes, when a folder cannot be read, or when the two
     are of different sizes.
     """
-    sides = _open(locate(a)), _open(locate(b))
+    sides = _open(locate(a), base), _open(locate(b), base)
     _require_same_facts(*sides)
     dtypes = _dtypes(*sides, DTYPES[dtype] if dtype else None)
     tensors = _compare_tensors(*sides, dtypes)
@@ -197,9 +199,11 @@ def verify(
     return replace(report, part=next((p for p, value in parts.items() if not _near(value)), None))
 
 
-def require_equal(hf_dir: Path, megatron_folder: Path, dtype: str | None = None) -> Report:
+def require_equal(
+    hf_dir: Path, megatron_folder: Path, dtype: str | None = None, base: str | Path | None = None
+) -> Report:
     """verify(), with a difference as an error. Errors: UserError naming the first layer."""
-    report = verify(hf_dir, megatron_folder, dtype=dtype)
+    report = verify(hf_dir, megatron_folder, dtype=dtype, base=base)
     if report.tensors.ok and isnan(report.relative):
         raise UserError(
             f"{_what_is_not_finite(report)}: the model cannot be proven, nor used; start from "
@@ -236,11 +240,11 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(block.isfinite().all()) for block in tensor.reshape(-1).split(BLOCK))
 
 
-def _open(path: Path) -> Side:
+def _open(path: Path, base: str | Path | None = None) -> Side:
     """The kind of folder it is: a Hugging Face folder has a config.json and no manifest."""
     if (path / "config.json").is_file() and not (path / folders.MANIFEST).exists():
         return HuggingFace(path)
-    return Megatron(path)
+    return Megatron(path, base)
 
 
 def _require_same_facts(a: Side, b: Side) -> None:

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_deft.errors import UserError
+from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
@@ -197,6 +198,7 @@ def build_model(
     pre_process: bool | None = None,
     post_process: bool | None = None,
     vp_stage: int | None = None,
+    adapters: Adapters | None = None,
 ) -> GPTModel:
     """The GPTModel of this rank, on device(), in tcfg.params_dtype; weights are random.
 
@@ -210,6 +212,7 @@ def build_model(
         pre_process, post_process: whether to hold the embedding and the output layer; by default
             the first and the last pipeline stage do.
         vp_stage: which of this stage's model chunks, with a virtual pipeline.
+        adapters: of its linear layers (models/lora.py), which then are all that is trained.
     """
     if pre_process is None:
         pre_process = parallel_state.is_pipeline_first_stage(
@@ -221,7 +224,7 @@ def build_model(
         )
     model = GPTModel(
         config=tcfg,
-        transformer_layer_spec=block_spec(tcfg, spec, vp_stage),
+        transformer_layer_spec=block_spec(tcfg, spec, vp_stage, adapters),
         vocab_size=padded_vocab(
             spec.vocab_size, vocab_pad_multiple, tcfg.tensor_model_parallel_size
         ),

@@ -30,8 +30,10 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
+from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.attention import TorchAttention
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.lora import adapted
 from megatron_deft.models.modules import RMSNorm, with_bias, with_post_norm
 
 
@@ -74,24 +76,40 @@ def parts() -> Parts:
     )
 
 
-def layer_spec(tcfg: TransformerConfig, spec: ModelSpec, has_experts: bool = False) -> ModuleSpec:
+def layer_spec(
+    tcfg: TransformerConfig,
+    spec: ModelSpec,
+    has_experts: bool = False,
+    adapters: Adapters | None = None,
+) -> ModuleSpec:
     """One pre-norm decoder layer of the model, with an MLP or with experts."""
     assert not tcfg.add_bias_linear, "biases are set one by one"
     use = parts()
     attention_out = with_bias(use.row_linear) if spec.attention_out_bias else use.row_linear
     mlp_out = with_bias(use.row_linear) if spec.mlp_bias else use.row_linear
-    if spec.post_norms:
-        attention_out, mlp_out = (with_post_norm(t, use.norm) for t in (attention_out, mlp_out))
+    linears = {
+        "linear_qkv": use.column_linear,
+        "linear_proj": attention_out,
+        "linear_fc1": with_bias(use.column_linear) if spec.mlp_bias else use.column_linear,
+        "linear_fc2": mlp_out,
+    }
+    linears = adapted(linears, adapters)
+    if spec.post_norms:  # around the adapters: they are part of what is normalised
+        for name in ("linear_proj", "linear_fc2"):
+            linears[name] = with_post_norm(linears[name], use.norm)
     mlp = ModuleSpec(
         module=MLP,
         params={"ffn_hidden_size": tcfg.ffn_hidden_size},
         submodules=MLPSubmodules(
-            linear_fc1=with_bias(use.column_linear) if spec.mlp_bias else use.column_linear,
-            linear_fc2=mlp_out,
+            linear_fc1=linears["linear_fc1"],
+            linear_fc2=linears["linear_fc2"],
         ),
     )
     if has_experts:
         mlp = get_moe_module_spec(use_te=has_transformer_engine(), num_experts=spec.experts)
+        of_expert = mlp.submodules.experts.submodules
+        for name, linear in adapted(vars(of_expert), adapters).items():
+            setattr(of_expert, name, linear)
         # The router looks for it under this name even where TransformerEngine is not installed.
         moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)
     # TransformerEngine's attention has no cap on scores.
@@ -110,9 +128,9 @@ def layer_spec(tcfg: TransformerConfig, spec: ModelSpec, has_experts: bool = Fal
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=use.column_linear,
+                    linear_qkv=linears["linear_qkv"],
                     core_attention=attention,
-                    linear_proj=attention_out,
+                    linear_proj=linears["linear_proj"],
                     q_layernorm=use.norm if spec.qk_norm else IdentityOp,
                     k_layernorm=use.norm if spec.qk_norm else IdentityOp,
                 ),
@@ -127,7 +145,10 @@ def layer_spec(tcfg: TransformerConfig, spec: ModelSpec, has_experts: bool = Fal
 
 
 def block_spec(
-    tcfg: TransformerConfig, spec: ModelSpec, vp_stage: int | None = None
+    tcfg: TransformerConfig,
+    spec: ModelSpec,
+    vp_stage: int | None = None,
+    adapters: Adapters | None = None,
 ) -> TransformerBlockSubmodules:
     """The layers of this pipeline stage and the final norm.
 
@@ -135,7 +156,10 @@ def block_spec(
     """
     first = get_transformer_layer_offset(tcfg, vp_stage=vp_stage)
     layers = range(first, first + get_num_layers_to_build(tcfg, vp_stage=vp_stage))
-    kinds = {has: layer_spec(tcfg, spec, has) for has in {i in spec.expert_layers for i in layers}}
+    kinds = {
+        has: layer_spec(tcfg, spec, has, adapters)
+        for has in {i in spec.expert_layers for i in layers}
+    }
     return TransformerBlockSubmodules(
         layer_specs=[kinds[i in spec.expert_layers] for i in layers], layer_norm=parts().norm
     )

@@ -20,6 +20,7 @@ class Base:
     spec:    its architecture
     name:    what the model card calls it; None when unknown
     license: the metadata of the model card that say under which licence it is
+    folder:  with the weights
     files:   folder with config.json and the tokenizer
     load:    fills the GPTModel chunks of this rank; every rank calls it
     """
@@ -28,6 +29,7 @@ class Base:
     spec: ModelSpec
     name: str | None
     license: Mapping[str, Any] | None
+    folder: Path
     files: Path
     load: Callable[[Sequence[Any]], None]
 
@@ -51,9 +53,16 @@ def _weights(load: str) -> Base:
         )
     folder = checkpoint_folder.resolve(path)
     manifest = checkpoint_folder.read_manifest(folder)
+    if manifest.get("adapter"):
+        raise UserError(
+            f"{key} holds adapters, no whole model: go on training them with "
+            f"train.resume={folder}, or merge them (`megatron-deft convert export "
+            f"{folder} HF`) and set model.hf=HF"
+        )
     spec = ModelSpec.from_json(manifest["spec"])
     name, licence = manifest.get("base"), manifest.get("license")
-    return Base(key, spec, name, licence, folder / "hf", partial(_load_weights, folder))
+    fill = partial(_load_weights, folder)
+    return Base(key, spec, name, licence, folder, folder / "hf", fill)
 
 
 def _load_weights(folder: Path, chunks: Sequence[Any]) -> None:
@@ -75,7 +84,8 @@ def _hugging_face(hf: str) -> Base:
     source = HFSource(folder)
     name = hf_folder.base_name(folder, source.config)
     licence = read_license(folder)
-    return Base(f"model.hf={hf}", source.spec, name, licence, folder, partial(_load_hf, source))
+    load = partial(_load_hf, source)
+    return Base(f"model.hf={hf}", source.spec, name, licence, folder, folder, load)
 
 
 def _load_hf(source: Any, chunks: Sequence[Any]) -> None:

@@ -27,6 +27,7 @@ from megatron_deft.convert import hf_folder
 from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
+from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.revision import revision
 from megatron_deft.training.exports import FOLDER as EXPORTS
@@ -172,7 +173,9 @@ def _from_rank_0(value: Any) -> Any:
 
 
 def _model_state(model: Sequence[GPTModel]) -> dict[str, Any]:
-    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(model)}
+    """The parameters that are trained: all, or adapters alone."""
+    states = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(model)}
+    return {name: adapters_alone(state) or state for name, state in states.items()}
 
 
 def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -284,7 +287,7 @@ def load(
     with torch.no_grad():
         loaded = dist_checkpointing.load(state, str(folder / "state"))
     for number, chunk in enumerate(model):
-        chunk.load_state_dict(loaded[f"model{number}"])
+        chunk.load_state_dict(loaded[f"model{number}"], strict=cfg.lora.rank is None)
     restore(optimizer, loaded.get("restored", {}), manifest["step"])
     if same:
         _set_rng_state(loaded["rng"])

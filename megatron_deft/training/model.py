@@ -10,6 +10,8 @@ from megatron.core.transformer.module import Float16Module
 from megatron_deft.config import RunConfig
 from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.lora import train_adapters_alone
+from megatron_deft.training.adapters import adapters_of
 
 
 def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
@@ -38,10 +40,16 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         calculate_per_token_loss=True,
     )
     stages = range(parallel.chunks) if parallel.chunks > 1 else (None,)
-    return [
-        build_model(spec, tcfg, vocab_pad_multiple=parallel.vocab_pad_multiple, vp_stage=stage)
+    adapters = adapters_of(cfg)
+    multiple = parallel.vocab_pad_multiple
+    chunks = [
+        build_model(spec, tcfg, vocab_pad_multiple=multiple, vp_stage=stage, adapters=adapters)
         for stage in stages
     ]
+    if adapters is not None:
+        for chunk in chunks:
+            train_adapters_alone(chunk, cfg.seed)
+    return chunks
 
 
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:

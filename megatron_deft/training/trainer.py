@@ -19,7 +19,7 @@ from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
 from megatron_deft.platform import device, device_name
-from megatron_deft.training import checkpointing, clock
+from megatron_deft.training import adapters, checkpointing, clock
 from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
 from megatron_deft.training.clock import Clock
@@ -66,8 +66,12 @@ class Trainer:
         if cfg.data.show_sample:
             say(first_sample(self.data.train, tokenizer))
 
+        self.adapter = adapters.record(cfg, base)
+        if resume is not None:
+            for note in adapters.check_resume(resume, self.adapter, base.key):
+                say(f"warning: {note}")
         self.model = build_chunks(cfg, spec)
-        if resume is None:
+        if resume is None or self.adapter is not None:
             base.load(self.model)
         self.ddp = wrap_chunks(cfg, self.model)
         self.attachment = attach(
@@ -132,6 +136,7 @@ class Trainer:
             f"training with {self.attachment.objective.spec}, reduction {cfg.reduction}: steps "
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
         )
+        say(adapters.trained_numbers(self.spec, adapters.adapters_of(cfg)))
         say(f"loss from {self._path_of_loss()}")
         if self.peak is not None:
             say(f"mfu: of {self.peak:g} TFLOP/s for each {device_name()}")
@@ -279,6 +284,7 @@ class Trainer:
             self.template,
             {
                 "spec": self.spec.to_json(),
+                "adapter": self.adapter,
                 "objective": self.attachment.objective.spec,
                 "base": self.base,
                 "license": self.license,

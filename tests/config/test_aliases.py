@@ -173,7 +173,7 @@ def test_ms_swift_megatron_recipe(minimal):
         (["use_dft_loss=true", "use_eaft_loss=true"], ["use_eaft_loss", "use_dft_loss"]),
         (["use_dft_loss=true", "trainer.objective_trans=p"], ["trainer.objective_trans=p"]),
         (["data.balance_dp_token=true"], ["leave it out", "reduction=token"]),
-        (["model.lora_rank=8"], ["model.lora_rank=8", "low-rank"]),
+        (["model.lora_rank=8", "model.target_modules=[q_proj]"], ["q_proj without k_proj"]),
         (["gradient_accumulation_steps=4"], ["leave it out", "train.global_batch"]),
         (["trainer.n_gpus_per_node=8"], ["--nproc-per-node"]),
         (["trainer.logger=[mlflow]"], ["mlflow", "wandb"]),

@@ -1,0 +1,76 @@
+"""The keys of adapters, ours and the released trainers'."""
+
+import pytest
+
+from megatron_deft.config import LoraConfig, ParallelConfig, RunConfig, load_config
+from megatron_deft.errors import UserError
+
+ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        ("all-linear", ALL),
+        ("[linear_fc2, linear_qkv]", ("linear_qkv", "linear_fc2")),
+        ("[q_proj, o_proj, v_proj, k_proj]", ("linear_qkv", "linear_proj")),
+        ("[gate_proj, up_proj, down_proj]", ("linear_fc1", "linear_fc2")),
+        ("[qkv_proj, gate_up_proj]", ("linear_qkv", "linear_fc1")),
+        ("[linear_qkv, q_proj]", ("linear_qkv",)),
+        ("q_proj,k_proj,v_proj", ("linear_qkv",)),
+    ],
+)
+def test_targets_that_are_whole_matrices(minimal, names, targets):
+    assert load_config(minimal, [f"lora.targets={names}"]).lora.targets == targets
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["lora.targets=[q_proj, v_proj]"],
+         "lora.targets=q_proj, v_proj without k_proj: they are one matrix here, with one A: name "
+         "q_proj, k_proj, v_proj, or linear_qkv"),
+        (["lora.targets=[gate_proj, down_proj]"], "gate_proj without up_proj"),
+        (["lora.targets=[lm_head, o_proj]"],
+         "lora.targets=lm_head: not a matrix that can have adapters: legal are linear_qkv"),
+        (["lora.targets=[]"], "lora.targets=[]: name at least one"),
+        (["lora.rank=0"], "lora.rank=0: must be >= 1"),
+        (["lora.dropout=1"], "lora.dropout=1.0: must be in [0, 1)"),
+    ],
+)  # fmt: skip
+def test_what_is_not_legal(minimal, keys, expected):
+    with pytest.raises(UserError) as caught:
+        load_config(minimal, keys)
+    assert expected in str(caught.value)
+
+
+def test_dropout_with_context_parallel_ranks(minimal):
+    config = load_config(minimal, ["lora.rank=4", "lora.dropout=0.1", "parallel.context=2"])
+    with pytest.raises(UserError, match=r"lora\.dropout=0\.1 with parallel\.context=2.*set it to"):
+        config.validate(2, None)
+
+
+def test_alpha_is_twice_the_rank_unless_it_is_given():
+    assert LoraConfig(rank=6).alpha_used == 12
+    assert LoraConfig(rank=6, alpha=3).alpha_used == 3
+
+
+@pytest.mark.parametrize(
+    ("keys", "lora"),
+    [
+        (["model.lora_rank=32", "model.lora_alpha=16", "model.target_modules=all-linear"],
+         LoraConfig(rank=32, alpha=16.0)),
+        (["model.lora_rank=0", "model.lora_alpha=16"], LoraConfig(alpha=16.0)),
+        (["model.lora_rank=8", "model.target_modules=[q_proj, k_proj, v_proj]"],
+         LoraConfig(rank=8, targets=("linear_qkv",))),
+        (["lora_rank=8", "lora_alpha=16", "lora_dropout=0.05", "lora_target=all"],
+         LoraConfig(rank=8, alpha=16.0, dropout=0.05)),
+        (["lora_rank=8", "lora_target='o_proj,down_proj'", "use_rslora=true"],
+         LoraConfig(rank=8, rslora=True, targets=("linear_proj", "linear_fc2"))),
+    ],
+)  # fmt: skip
+def test_keys_of_the_released_trainers(minimal, keys, lora):
+    config = load_config(minimal, keys)
+    assert config.lora == lora
+    assert isinstance(config, RunConfig)
+    assert config.parallel == ParallelConfig()
