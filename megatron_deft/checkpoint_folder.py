@@ -51,6 +51,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "spec": lambda spec: isinstance(spec, dict),
     "step": lambda step: type(step) is int,
     "consumed": _or_none(int),
+    "skipped": _or_none(int),
     "objective": _or_none(str),
     "base": _or_none(str),
     "config": _or_none(dict),

@@ -95,6 +95,8 @@ def _train(args: Arguments) -> int:
         raise UserError("a launcher started this process: drop --nproc-per-node and --nnodes")
     started = is_rank() and nodes.world_size == 1
     overrides = [*args.overrides, *(["train.resume=must"] if args.resume else [])]
+    if args.exit_duration is not None:
+        overrides.append(f"train.exit_duration={args.exit_duration}")
     world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
     config = load_config(args.config, overrides)
     config.validate(world_size, read_base(config.model).spec)
@@ -165,6 +167,9 @@ def _add_train(commands: Group) -> None:
     add_number(train, "--node-rank", 0, "which of the machines this is")
     train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of machine 0, when several")
     train.add_argument("--resume", action="store_true", help="the same as train.resume=must")
+    train.add_argument(
+        "--exit-duration", metavar="TIME", help="the same as train.exit_duration, such as 3h50m"
+    )
     train.add_argument("--dry-run", action="store_true", help="check, print the whole config, stop")
     train.add_argument(
         "--help-config", action="store_true", help="print every key with its meaning"

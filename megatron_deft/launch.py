@@ -15,11 +15,13 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_deft.errors import UserError
 
+PATIENCE = 10  # seconds that ranks have to end after one of them has failed
 USER_ERROR = 2  # exit code of a UserError, of a rank as of the whole
 
 
@@ -91,9 +93,12 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
             max_nodes=nodes.count,
             nproc_per_node=nodes.processes,
             max_restarts=0,
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+            shutdown_timeout=PATIENCE,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
             **_rendezvous(nodes),
         )
+        _forward_signals()
         try:
             elastic_launch(config, sys.executable)(*command)
         except ChildFailedError as error:
@@ -101,6 +106,26 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
         except SignalException as error:
             return 128 + int(error.sigval)
     return 0
+
+
+def _forward_signals() -> None:
+    """Hand SIGTERM and SIGUSR1 on to the ranks, which save and end with exit code 0.
+
+    torchrun's agent would kill them 30 seconds later, however long the save takes, and fail. A
+    second SIGTERM goes on to them as well: they end at once, and so does the agent.
+    """
+    import psutil
+
+    def forward(number: int, frame: object) -> None:
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+        if not ranks:
+            sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, forward)
 
 
 def _rendezvous(nodes: Nodes) -> dict[str, Any]:

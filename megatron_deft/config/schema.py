@@ -29,6 +29,10 @@ class RunConfig(Section):
         "those (as the released trainers do); or per sample, then over samples", "token"
     )  # fmt: skip
     seed: int = key("of data order, dropout and initialisation", 1234, SEED)
+    deterministic: bool = key(
+        "the same numbers to the last bit from run to run, at the same layout; slower on a GPU. An "
+        "operation that cannot is an error", False
+    )  # fmt: skip
     run_dir: str = key("folder of checkpoints, metrics and logs; made if absent", legal=NOT_EMPTY)
     model: ModelConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -11,9 +11,11 @@ from megatron_deft.config.values import (
     AT_LEAST_0,
     AT_LEAST_1,
     BELOW_1,
+    DURATION,
     FRACTION,
     NOT_EMPTY,
     key,
+    seconds,
 )
 from megatron_deft.errors import UserError
 
@@ -67,6 +69,33 @@ class TrainConfig(Section):
         "is one; must: fail if there is none; else: the checkpoint folder to go on from",
         "no", NOT_EMPTY,
     )  # fmt: skip
+
+    exit_duration: float | str | None = key(
+        "when the run has lasted so long, launcher included, save and end with exit code 0, in "
+        "time for that; null: never", None, DURATION
+    )  # fmt: skip
+    hang_timeout: float | str | None = key(
+        "end a run that finishes no step (or validation batch) for so long, and name the rank that "
+        "hangs; the first step and a save may take four times as long; null: wait", 30.0, DURATION
+    )  # fmt: skip
+    max_skipped_steps: int = key(
+        "steps in a row whose loss or gradient may be not finite: each is skipped, its samples "
+        "written to run_dir/bad_steps; one more ends the run", 5, AT_LEAST_0
+    )  # fmt: skip
+    spike_threshold: float | None = key(
+        "warn of a loss so many standard deviations above the median of the last 100 steps; null: "
+        "never", 6.0, ABOVE_0
+    )  # fmt: skip
+
+    @property
+    def exit_seconds(self) -> float | None:
+        """exit_duration in seconds."""
+        return None if self.exit_duration is None else seconds(self.exit_duration)
+
+    @property
+    def hang_seconds(self) -> float | None:
+        """hang_timeout in seconds."""
+        return None if self.hang_timeout is None else seconds(self.hang_timeout)
 
     def __post_init__(self) -> None:
         """One of epochs and steps; epochs=1 when neither is given."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field
@@ -27,12 +28,27 @@ NOT_EMPTY = Legal("non-empty", bool)
 # Pipeline stages and tensor ranks add to it, and torch takes less than 2^64.
 SEED = Legal(">= 0 and < 2^63", lambda value: 0 <= value < 2**63)
 ABOVE_0_EACH = Legal("> 0", lambda value: value == () or value > 0)
+DURATION = Legal("minutes above 0, or such as 90s, 45m, 3h50m, 1d12h", lambda v: seconds(v) > 0)
 NAMES = Legal("non-empty names", lambda value: value == () or bool(value))
 
 
 def key(meaning: str, default: Any = MISSING, legal: Legal | None = None) -> Any:
     """Declare a configuration key; without a default it is required."""
     return field(default=default, metadata={"meaning": meaning, "legal": legal})
+
+
+_UNITS = (86400, 3600, 60, 1)  # seconds
+
+
+def seconds(duration: float | str) -> float:
+    """Minutes, or text such as 3h50m, as seconds; 0 for any other text."""
+    if isinstance(duration, int | float):
+        return 60.0 * duration
+    found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
+    numbers = found.groups() if found else ()
+    return float(
+        sum(int(n or 0) * size for n, size in zip(numbers, (86400, 3600, 60, 1), strict=False))
+    )
 
 
 def type_words(hint: Any) -> str:

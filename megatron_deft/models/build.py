@@ -61,6 +61,7 @@ def transformer_config(
     attention_dropout: float = 0.0,
     hidden_dropout: float = 0.0,
     calculate_per_token_loss: bool = False,
+    deterministic: bool = False,
     perform_initialization: bool = True,
 ) -> TransformerConfig:
     """megatron-core's config of a model and its layout.
@@ -81,6 +82,7 @@ def transformer_config(
         attention_dropout, hidden_dropout: probabilities in training mode.
         calculate_per_token_loss: the loss function returns (sum, number of tokens), and gradients
             are divided by the number over all micro-batches and data-parallel ranks.
+        deterministic: prefer operations that repeat bit by bit.
         perform_initialization: false leaves the weights undefined, for a model about to be loaded.
             Not with tensor > 1: megatron-core marks a weight as split while it initialises it, and
             without that mark gradient norms count one rank's part.
@@ -142,6 +144,7 @@ def transformer_config(
         overlap_p2p_comm=virtual is not None,
         batch_p2p_comm=virtual is None,
         calculate_per_token_loss=calculate_per_token_loss,
+        deterministic_mode=deterministic,
         bias_activation_fusion=fused and spec.activation == "silu",
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused and not spec.rotary_interleaved,

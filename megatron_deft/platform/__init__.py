@@ -5,6 +5,8 @@ The one place that asks whether there is a GPU.
 
 import os
 import random
+from datetime import timedelta
+from typing import Any
 
 import numpy
 import torch
@@ -17,17 +19,20 @@ from megatron_deft.platform.cpu import (
     import_megatron,
     leave_cpu_platform,
 )
+from megatron_deft.platform.deterministic import deterministic
 
 __all__ = [
     "TORCHRUN_ENVIRONMENT",
     "backend",
     "cpu_platform",
+    "deterministic",
     "device",
     "device_name",
     "enter_cpu_platform",
     "import_megatron",
     "initialize",
     "leave_cpu_platform",
+    "seed_step",
     "shutdown",
 ]
 
@@ -63,6 +68,7 @@ def initialize(
     expert: int = 1,
     expert_tensor: int | None = None,
     virtual: int | None = None,
+    timeout: timedelta | None = None,
 ) -> None:
     """Start torch.distributed, megatron-core's process groups and the random generators.
 
@@ -75,6 +81,7 @@ def initialize(
         expert: over how many ranks of a pipeline stage a layer's experts are spread.
         expert_tensor: how many ranks share each expert's matrices; None: as many as `tensor`.
         virtual: model chunks of each pipeline stage (interleaved schedule); None: one.
+        timeout: of collectives; None: torch's and megatron-core's own.
         seed: of python, numpy, torch and megatron-core's generators; at least 0. Pipeline stages
             draw differently, and so do tensor-parallel ranks inside tensor-parallel regions;
             data-parallel ranks draw alike.
@@ -88,7 +95,10 @@ def initialize(
     assert not parallel_state.model_parallel_is_initialized(), "shutdown() first"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    _start_torch_distributed()
+    _start_torch_distributed(timeout)
+    minutes: dict[str, Any] = {}
+    if timeout is not None:
+        minutes = {"distributed_timeout_minutes": timeout.total_seconds() / 60}
     try:
         _check_layout(tensor, pipeline, context, expert, expert_tensor or tensor)
         parallel_state.initialize_model_parallel(
@@ -98,6 +108,7 @@ def initialize(
             expert_model_parallel_size=expert,
             expert_tensor_parallel_size=expert_tensor,
             virtual_pipeline_model_parallel_size=virtual,
+            **minutes,
         )
         seed_everything(seed)
     except BaseException:
@@ -105,13 +116,13 @@ def initialize(
         raise
 
 
-def _start_torch_distributed() -> None:
+def _start_torch_distributed(timeout: timedelta | None) -> None:
     global _owns_process_group
     if dist.is_initialized():
         return
     missing = [name for name in TORCHRUN_ENVIRONMENT if name not in os.environ]
     if not missing:
-        dist.init_process_group(backend())
+        dist.init_process_group(backend(), timeout=timeout)
     elif len(missing) == len(TORCHRUN_ENVIRONMENT):
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     else:  # Not a world of one: eight such processes would train eight separate models.
@@ -147,6 +158,16 @@ def seed_everything(seed: int) -> None:
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed every generator for one step of a run: what it draws depends on nothing before it.
+
+    A generator that runs on through the steps was rejected: in packed rows attention draws by the
+    lengths of documents, which differ among data-parallel ranks, and so would the states to save.
+    """
+    mixed = numpy.random.Philox(key=numpy.array([seed, step], numpy.uint64)).random_raw()
+    seed_everything(int(mixed) >> 2)  # stages and tensor ranks add to it
 
 
 def shutdown() -> None:

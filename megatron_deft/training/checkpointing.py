@@ -36,10 +36,17 @@ from megatron_deft.training.optimizer import restore, sharded_state, steps
 
 @dataclass(frozen=True)
 class Position:
-    """Where a run stands: optimizer steps done, samples consumed."""
+    """Where a run stands: steps done, samples consumed, and how many of the steps changed nothing,
+    for their loss or gradient was not finite."""
 
     step: int = 0
     consumed: int = 0
+    skipped: int = 0
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimizer."""
+        return self.step - self.skipped
 
 
 def _layout() -> dict[str, int]:
@@ -140,7 +147,7 @@ def save(
         if template is not None:
             write_template(temporary / "hf", template)
     dist.barrier()
-    assert steps(optimizer) <= {position.step}, "a step was skipped"
+    assert steps(optimizer) <= {position.updates}, f"{steps(optimizer)} steps at {position}"
     state = _model_state(model)
     state |= {"optimizer": sharded_state(optimizer, state), "rng": _rng_object(_rng_state())}
     dist_checkpointing.save(state, str(temporary / "state"))
@@ -155,6 +162,7 @@ def save(
             step=position.step,
             files={name: entry for part in hashes for name, entry in part.items()},
             consumed=position.consumed,
+            skipped=position.skipped,
             layout=_layout(),
             revision=revision(),
             **fields,
@@ -288,10 +296,11 @@ def load(
         loaded = dist_checkpointing.load(state, str(folder / "state"))
     for number, chunk in enumerate(model):
         chunk.load_state_dict(loaded[f"model{number}"], strict=cfg.lora.rank is None)
-    restore(optimizer, loaded.get("restored", {}), manifest["step"])
+    position = Position(manifest["step"], manifest["consumed"], manifest.get("skipped") or 0)
+    restore(optimizer, loaded.get("restored", {}), position.updates)
     if same:
         _set_rng_state(loaded["rng"])
-    return Position(manifest["step"], manifest["consumed"]), manifest, notes
+    return position, manifest, notes
 
 
 def clear_the_way(run_dir: Path, position: Position) -> list[str]:

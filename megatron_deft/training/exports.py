@@ -114,6 +114,18 @@ class Exports:
         if faults:
             raise UserError(f"the run is whole, but {'; and '.join(faults)}")
 
+    def abandon(self) -> None:
+        """Stop at once; what is left is exported when the run is resumed."""
+        if self.needed():
+            names = ", ".join(path.name for path in self.needed())
+            print(f"not exported yet: {names}; the resumed run does it", flush=True)
+        self._waiting.clear()
+        if self._running is not None:
+            self._running.process.terminate()
+            self._running.process.wait()
+            _clear_up(self._root / self._running.checkpoint.name)
+            self._running = None
+
     def _start(self, checkpoint: Path) -> None:
         command = [sys.executable, "-m", "megatron_deft", *self._command(checkpoint)]
         environment = {k: v for k, v in os.environ.items() if k not in TORCHRUN_ENVIRONMENT}

@@ -38,6 +38,7 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         # The loss function returns numerator and denominator; megatron-core divides the
         # gradient by the sum of denominators over micro-batches and data-parallel ranks.
         calculate_per_token_loss=True,
+        deterministic=cfg.deterministic,
     )
     stages = range(parallel.chunks) if parallel.chunks > 1 else (None,)
     adapters = adapters_of(cfg)

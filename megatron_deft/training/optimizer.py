@@ -8,6 +8,7 @@ spread over ranks and under no prefix when they are not, loads parameter groups 
 were saved, cannot save a stage that has no experts, and with torch's Adam loses the step.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -24,18 +25,47 @@ from megatron.core.optimizer.optimizer import (
     Float16OptimizerWithFloat16Params,
     MegatronOptimizer,
 )
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
 from megatron_deft.config import OptimConfig, RunConfig
+from megatron_deft.platform import device
 
 
-def build_optimizer(cfg: RunConfig, model: Sequence[DistributedDataParallel]) -> ChainedOptimizer:
+class GuardedOptimizer(ChainedOptimizer):
+    """megatron-core's optimizer, but a step whose loss or gradient is not finite changes nothing.
+
+    step() then returns (False, gradient norm, None): weights, moments and number of steps are bit
+    by bit what they were. All ranks know the norm, so all do alike. megatron-core's own skip
+    (`found_inf`, with a norm of None) is that of a loss scaler, where an overflow is no fault.
+    Rejected: check_for_nan_in_grad, which asks the device once per bucket and ends the rank.
+
+    may_step: false where the loss, or a gradient that is in no norm, is known not to be finite
+    """
+
+    may_step = True
+    norm = 0.0
+
+    def get_grad_norm(self) -> float:
+        """The norm of all gradients before they are clipped."""
+        self.norm = float(super().get_grad_norm() or 0.0)
+        return self.norm
+
+    def step_with_ready_grads(self) -> bool:
+        """Step, if there is nothing against it; whether it did."""
+        if not (self.may_step and math.isfinite(self.norm)):
+            return False
+        return bool(super().step_with_ready_grads())
+
+
+def build_optimizer(cfg: RunConfig, model: Sequence[DistributedDataParallel]) -> GuardedOptimizer:
     """AdamW as configured; weight decay on matrices, not on norms and biases (Megatron's rule).
 
     It has one part, and one more for experts that are spread over ranks.
     """
     optim = cfg.optim
-    return get_megatron_optimizer(
+    chained = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -51,6 +81,27 @@ def build_optimizer(cfg: RunConfig, model: Sequence[DistributedDataParallel]) ->
         ),
         list(model),
     )
+    return GuardedOptimizer(chained.chained_optimizers)
+
+
+def has_finite_rest(model: Sequence[DistributedDataParallel]) -> Tensor:
+    """Whether those gradients are finite that get_grad_norm leaves to another rank: bool [].
+
+    Norms' weights, of which each tensor-parallel rank has its own, and the second one of a tied
+    embedding: gone wrong on this rank alone, they would be in no norm.
+    """
+    rest = [
+        parameter.main_grad
+        for chunk in model
+        for parameter in chunk.parameters()
+        if parameter.requires_grad
+        and not (
+            param_is_not_shared(parameter) and param_is_not_tensor_parallel_duplicate(parameter)
+        )
+    ]
+    if not rest:
+        return torch.ones((), dtype=torch.bool, device=device())
+    return torch.stack(torch._foreach_norm(rest)).isfinite().all()
 
 
 def set_hyper_parameters(optimizer: MegatronOptimizer, optim: OptimConfig, lr: float) -> None:
@@ -75,12 +126,14 @@ def sharded_state(
 
     model_state: sharded_state_dict of every chunk of the model
     is_loading:  make the (zero) state that torch's optimizer otherwise makes at its first step, and
-                 gather nothing
+                 gather nothing; made as well where every step so far was skipped
     returns:     by part of the optimizer; `restore` takes what dist_checkpointing.load made of it
     """
-    if is_loading:
-        for part in optimizer.chained_optimizers:
+    for part in optimizer.chained_optimizers:
+        if is_loading or not part.optimizer.state:
             part.init_state_fn(part.optimizer, part.config)
+            if not is_loading:
+                _set_step(part.optimizer, 0)
     tensors = {
         number: part.sharded_param_state_fully_reshardable(
             model_state, is_loading=is_loading, metadata={}
@@ -94,7 +147,10 @@ def sharded_state(
 
 
 def restore(optimizer: ChainedOptimizer, loaded: Mapping[int, Any], step: int) -> None:
-    """Put loaded tensors in their places in an optimizer that has done `step` steps."""
+    """Put loaded tensors in their places in an optimizer that has done `step` steps.
+
+    step: without the skipped ones
+    """
     for number, part in enumerate(optimizer.chained_optimizers):
         tensors = loaded.get(number, {})
         # torch's Adam counts in a tensor beside the moments, which megatron-core would look for.

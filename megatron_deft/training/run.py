@@ -3,6 +3,7 @@
 import os
 import warnings
 from contextlib import ExitStack
+from datetime import timedelta
 
 from megatron_deft.config import RunConfig
 from megatron_deft.files import hold_folder
@@ -13,7 +14,7 @@ def initialize(cfg: RunConfig) -> None:
     """Start torch.distributed and megatron-core in the layout of `cfg`."""
     from megatron_deft import platform
 
-    parallel = cfg.parallel
+    parallel, hang = cfg.parallel, cfg.train.hang_seconds
     platform.initialize(
         parallel.tensor,
         parallel.pipeline,
@@ -22,6 +23,8 @@ def initialize(cfg: RunConfig) -> None:
         expert=parallel.expert,
         expert_tensor=parallel.expert_tensor,
         virtual=parallel.chunks if parallel.chunks > 1 else None,
+        # Who hangs is to be named before torch ends the ranks that wait for it.
+        timeout=None if hang is None else timedelta(seconds=10 * hang),
     )
 
 
@@ -39,8 +42,9 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
-    initialize(cfg)
     with ExitStack() as held:
+        held.enter_context(platform.deterministic(cfg.deterministic))
+        initialize(cfg)
         held.callback(platform.shutdown)
         # these import megatron-core: now is safe
         from megatron_deft.data.loader import naming_dead_readers
@@ -51,5 +55,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
         trainer = Trainer(cfg, base)
         with naming_dead_readers(cfg.data.workers):
             metrics = trainer.run()
-    trainer.exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank
+    if trainer.stopped is None:
+        trainer.exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank
+    else:
+        trainer.exports.abandon()
     return metrics

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
-from megatron_deft.loss.metrics import METRICS, metric_sums, sum_over_ranks
+from megatron_deft.loss.metrics import METRICS, metric_sums
 from megatron_deft.loss.statistics import TokenStatistics
 
 SUMS = ("objective", "denominator", "kept_tokens", "weight", *METRICS)
@@ -64,16 +66,24 @@ def sums_size(landscape: bool) -> int:
 
 
 def reduce_sums(
-    parts: Iterable[Mapping[str, Any]], device: torch.device, landscape: bool = False
-) -> Tensor:
-    """The sums of all micro-batches of all ranks, on every rank.
+    parts: Iterable[Mapping[str, Any]], landscape: bool, flags: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The sums of all micro-batches, and of each flag the ranks that raise it, on every rank.
 
-    parts: what the schedule collected, {"sums": token_sums(...)} each; empty but on the last stage.
+    One all-reduce over the world: what every rank must know of a step costs nothing beside it.
+
+    parts: what the schedule collected, {"sums": token_sums(...)} each; empty but on the last stage
+    flags: this rank's, [n], not zero where raised
     """
-    total = torch.zeros(sums_size(landscape), dtype=torch.float64, device=device)
-    for part in parts:
-        total += part["sums"]
-    return sum_over_ranks(total)
+    total = flags.new_zeros(sums_size(landscape), dtype=torch.float64)
+    # tensor-parallel ranks saw the same tokens
+    if parallel_state.get_tensor_model_parallel_rank() == 0:
+        for part in parts:
+            total += part["sums"]
+    total = torch.cat([total, (flags != 0).double()])
+    dist.all_reduce(total)
+    sums, raised = total.split([len(total) - len(flags), len(flags)])
+    return sums, raised
 
 
 def means(total: Tensor) -> dict[str, float]:

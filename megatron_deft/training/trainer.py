@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,23 +15,30 @@ from megatron_deft.data.loader import Step, load_steps
 from megatron_deft.data.mixture import Rows
 from megatron_deft.data.sampler import Indices, epochs, full_pass
 from megatron_deft.data.tokenizer import template_text
-from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
-from megatron_deft.platform import device, device_name
+from megatron_deft.platform import device, device_name, seed_step
 from megatron_deft.training import adapters, checkpointing, clock
+from megatron_deft.training.bad_steps import BadSteps, is_finite_loss
 from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
 from megatron_deft.training.clock import Clock
 from megatron_deft.training.data import open_data, share_of_rank
 from megatron_deft.training.exports import Exports
+from megatron_deft.training.hang import SLOW, HangWatch
 from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.model import build_chunks, complete_parameters, wrap_chunks
-from megatron_deft.training.optimizer import build_optimizer, set_hyper_parameters
+from megatron_deft.training.optimizer import (
+    build_optimizer,
+    has_finite_rest,
+    set_hyper_parameters,
+)
+from megatron_deft.training.preemption import REASONS, Preemption
 from megatron_deft.training.resume import changes
 from megatron_deft.training.samples import first_sample, load_tokenizer
 from megatron_deft.training.schedule import learning_rate
+from megatron_deft.training.spikes import Spikes, recent_losses
 from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums
 from megatron_deft.training.step import StepDenominator, forward_step
 from megatron_deft.training.throughput import peak_tflops, throughput
@@ -99,6 +107,10 @@ class Trainer:
             self._resume(resume)
         # the steps that follow; made when the first is asked for
         self._steps: Iterator[Step] | None = None
+        self.preemption = Preemption(cfg.train.exit_seconds)
+        self.watch = HangWatch(cfg.train.hang_seconds)
+        self.stopped: str | None = None  # why the run ends before its last step
+        self.bad_steps = BadSteps(self.run_dir, cfg.train.max_skipped_steps)
 
     def _resume(self, folder: Path) -> None:
         self.position, manifest, notes = checkpointing.load(
@@ -144,25 +156,53 @@ class Trainer:
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
         metrics: dict[str, float] = {}
-        begin, first = time.perf_counter(), self.position.step
         try:
-            while self.position.step < total:
-                metrics = self.step()
-                step = self.position.step
-                if self._is_due(cfg.train.val_every, step) and self.data.val_rows:
-                    metrics |= self.validate()
-                if log is not None:
-                    log.log(step, metrics, self.landscape)
-                    self.exports.poll()
-                if step % cfg.train.log_every == 0 or step == total:
-                    pace = (time.perf_counter() - begin) / (step - first)
-                    say(progress_line(metrics, step, total, pace))
-                save_now = cfg.train.save_every and step % cfg.train.save_every == 0
-                if save_now or (step == total and cfg.train.save_at_end):
-                    self.save()
+            with self.preemption, self.watch:
+                metrics = self._loop(log)
         finally:
             if log is not None:
                 log.close()
+        if self.stopped is not None:
+            say(
+                f"stopped after step {self.position.step} of {total} ({self.stopped}); go on with "
+                "the same command and --resume"
+            )
+        return metrics
+
+    def _loop(self, log: MetricsLog | None) -> dict[str, float]:
+        """Steps, and what is due after each; `log` is rank 0's."""
+        cfg, total = self.cfg.train, self.data.total_steps
+        spikes = None
+        if log is not None:
+            spikes = Spikes(cfg.spike_threshold, recent_losses(log.path))
+        metrics: dict[str, float] = {}
+        begin, first = time.perf_counter(), self.position.step
+        is_save_due = False
+        while self.position.step < total and self.stopped is None:
+            metrics = self.step()
+            step = self.position.step
+            self.watch.progress(step=step)
+            if self._is_due(cfg.val_every, step) and self.data.val_rows and not self.stopped:
+                metrics |= self.validate()
+            if log is not None and spikes is not None:
+                height, warning = spikes.look(step, metrics["loss"])
+                if height is not None:
+                    metrics["loss_spike"] = height
+                if warning is not None:
+                    say(f"warning: {warning}")
+                log.log(step, metrics, self.landscape)
+                self.exports.poll()
+            if step % cfg.log_every == 0 or step == total:
+                pace = (time.perf_counter() - begin) / (step - first)
+                say(progress_line(metrics, step, total, pace))
+            self.bad_steps.stop_if_too_many(step)
+            is_save_due |= cfg.save_every is not None and step % cfg.save_every == 0
+            # Weights that give no loss any more are no reason to drop a checkpoint: wait and see.
+            if is_save_due and self.bad_steps.in_a_row == 0:
+                self.save()
+                is_save_due = False
+            elif self.stopped or (step == total and (is_save_due or cfg.save_at_end)):
+                self.save()
         return metrics
 
     def _is_due(self, every: int | None, step: int) -> bool:
@@ -181,19 +221,29 @@ class Trainer:
             work = next(self._steps)
         lr = learning_rate(cfg.optim, data.total_steps, number)
         set_hyper_parameters(self.optimizer, cfg.optim, lr)
+        seed_step(cfg.seed, number)
         for chunk in self.ddp:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         vocab_size = self.spec.vocab_size if self._has_landscape(number) else None
-        total = self._forward_backward(work, forward_only=False, landscape_vocab=vocab_size)
+        parts = self._forward_backward(work, forward_only=False, landscape_vocab=vocab_size)
+        total, raised = reduce_sums(parts, vocab_size is not None, self._flags())
         metrics = means(total)
         self.landscape = None if vocab_size is None else landscape(total, vocab_size)
+        has_bad_gradient, *reasons = raised.tolist()
+        if number < data.total_steps:
+            self.stopped = next((why for why, on in zip(REASONS, reasons, strict=True) if on), None)
+        self.optimizer.may_step = is_finite_loss(metrics) and not has_bad_gradient
         with self.clock.part(clock.OPTIMIZER):
-            _, grad_norm, _ = self.optimizer.step()
-        self.position = Position(number, position.consumed + cfg.train.global_batch)
-        metrics["grad_norm"] = float(grad_norm or 0.0)
-        self._stop_if_not_finite(metrics, number)
+            is_done, grad_norm, _ = self.optimizer.step()
+        consumed = position.consumed + cfg.train.global_batch
+        self.position = Position(number, consumed, position.skipped + (not is_done))
+        metrics |= {"grad_norm": float(grad_norm or 0.0), "skipped": self.position.skipped}
+        if is_done:
+            self.bad_steps.good()
+        elif grad_norm is not None:  # else a loss scaler's overflow
+            self._keep_bad_step(number, metrics, position)
         if metrics["kept_tokens"] == 0 and not self._has_warned:
             self._has_warned = True
             say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
@@ -215,17 +265,19 @@ class Trainer:
         every = self.cfg.monitor.landscape_every
         return every > 0 and (step in (1, self.data.total_steps) or step % every == 0)
 
-    def _stop_if_not_finite(self, metrics: dict[str, float], step: int) -> None:
-        for name in ("loss", "grad_norm"):
-            value = metrics[name]
-            if name == "loss" and metrics["kept_tokens"] == 0:
-                continue  # a mean of nothing
-            if value != value or abs(value) == float("inf"):
-                raise_on_wrong_labels()
-                raise UserError(
-                    f"step {step}: {name} is {value}; stopped before this step was saved: "
-                    "lower optim.lr, look at the samples of this step, or train in fp32"
-                )
+    def _flags(self) -> Tensor:
+        """What every rank must learn of this one, bool [1 + len(REASONS)]: whether a gradient is
+        not finite that is in no norm, and why the run should stop."""
+        asked = torch.tensor(self.preemption.flags(), device=device())
+        return torch.cat([~has_finite_rest(self.ddp)[None], asked])
+
+    def _keep_bad_step(self, step: int, metrics: dict[str, float], position: Position) -> None:
+        raise_on_wrong_labels()
+        rows = self.data.stream.take(position.consumed, self.cfg.train.global_batch)
+        warning = self.bad_steps.bad(step, metrics, rows)
+        if dist.get_rank() == 0:
+            self.bad_steps.write(step, self.data.train, rows)
+        say(f"warning: {warning}")
 
     def _path_of_loss(self) -> str:
         """What the loss is made from, in the words of the last pipeline stage, which makes it."""
@@ -242,8 +294,11 @@ class Trainer:
             chunk.eval()
         total = torch.zeros((), dtype=torch.float64)
         batches = full_pass(self.data.val_rows, self.cfg.train.global_batch)
+        no_flags = torch.zeros(0, device=device())
         for work in self._load(self.data.val, batches):
-            total = total + self._forward_backward(work, forward_only=True).cpu()
+            parts = self._forward_backward(work, forward_only=True)
+            total = total + reduce_sums(parts, False, no_flags)[0].cpu()
+            self.watch.progress()
         return {f"val_{name}": value for name, value in means(total).items()
                 if "_histogram_" not in name}  # fmt: skip
 
@@ -252,13 +307,13 @@ class Trainer:
 
     def _forward_backward(
         self, work: Step, forward_only: bool, landscape_vocab: int | None = None
-    ) -> Tensor:
-        """Run one global batch through the pipeline; the sums over all ranks (see statistics)."""
+    ) -> list[dict[str, Any]]:
+        """Run one global batch through the pipeline; its micro-batches' sums (see statistics)."""
         cfg = self.cfg
         # packed rows stand behind one another
         rows = work.batches[0]["tokens"].shape[0]
         self.denominator.clear()
-        parts = get_forward_backward_func()(
+        parts: list[dict[str, Any]] = get_forward_backward_func()(
             forward_step_func=forward_step(
                 self.attachment, cfg.reduction, self.denominator, forward_only, landscape_vocab
             ),
@@ -269,11 +324,12 @@ class Trainer:
             micro_batch_size=rows,
             forward_only=forward_only,
         )
-        return reduce_sums(parts, device(), landscape_vocab is not None)
+        return parts
 
     def save(self) -> Path:
         """Write a checkpoint of where the run stands."""
         begin = time.perf_counter()
+        self.watch.progress(SLOW)
         complete_parameters(self.cfg, self.ddp)
         folder = checkpointing.save(
             self.run_dir,
@@ -296,7 +352,10 @@ class Trainer:
             self.exports.needed(),
         )
         self.files = folder / "hf"
-        say(f"saved {folder} in {time.perf_counter() - begin:.1f} s")
+        seconds = time.perf_counter() - begin
+        self.preemption.saved(seconds)
+        self.watch.progress()
+        say(f"saved {folder} in {seconds:.1f} s")
         if dist.get_rank() == 0:
             self.exports.saved(folder, self.position.step == self.data.total_steps)
         return folder
