@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -23,6 +22,7 @@ from megatron_deft.convert import hf, hf_folder, mapping, portable
 from megatron_deft.convert.mapping import Parameter
 from megatron_deft.convert.nemo_folder import NORMS, Nemo, State, find
 from megatron_deft.convert.nemo_models import nemo_config
+from megatron_deft.convert.pickles import SafeReader
 from megatron_deft.convert.state import Chunk, write_state
 from megatron_deft.convert.streams import progress_bar
 from megatron_deft.errors import UserError
@@ -254,7 +254,7 @@ def _add_objects(folder: Path, keys: Iterable[str]) -> None:
     name = "__objects.distcp"
     torch.save([None], folder / name)
     place = _StorageInfo(name, 0, (folder / name).stat().st_size)
-    metadata = FileSystemReader(folder).read_metadata()
+    metadata = SafeReader(folder).read_metadata()
     places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
     for key in keys:
         metadata.state_dict_metadata[key] = BytesStorageMetadata()

@@ -10,8 +10,8 @@ layer is one chunk of it. Other checkpoints spell the layer in the key (`decoder
 both are read.
 """
 
+import io
 import json
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
     DefaultLoadPlanner,
-    FileSystemReader,
     FileSystemWriter,
     LoadPlan,
     ReadItem,
@@ -48,6 +47,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from tqdm import tqdm
 
 from megatron_deft.convert.mapping import Slot
+from megatron_deft.convert.pickles import DAMAGED, SafeReader, require_safe
 from megatron_deft.convert.streams import (
     Output,
     Reached,
@@ -66,18 +66,6 @@ BACKENDS = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-# What reading a file with a wrong byte raises.
-DAMAGED = (
-    zipfile.BadZipFile,
-    pickle.UnpicklingError,
-    RuntimeError,
-    StopIteration,
-    struct.error,
-    LookupError,
-    ValueError,
-    TypeError,
-    EOFError,
-)
 DATA_SUFFIX = ".distcp"  # of the files that hold tensors
 FILE_BYTES = 4 * 2**30  # a new .distcp file begins after this much
 
@@ -143,21 +131,37 @@ def write_state(
     (folder / "metadata.json").write_text(json.dumps(BACKENDS), encoding="utf-8")
 
 
-def _save(output: Any, item: WriteItem, chunk: Chunk) -> WriteResult:
+def _save(output: Output, item: WriteItem, chunk: Chunk) -> WriteResult:
     """Append one chunk to `output`."""
     tensor = chunk.load().contiguous()
     assert tensor.shape == chunk.slot.shape, (chunk.slot, tensor.shape)
     assert tensor.dtype == chunk.dtype, (chunk.slot, tensor.dtype)
-    assert tensor.untyped_storage().nbytes() == tensor.nbytes, "all of it would be written"
+    return append(output, item.index, tensor)
+
+
+def append(output: Output, index: MetadataIndex, data: Tensor | io.BytesIO) -> WriteResult:
+    """Append one record, a tensor or what is pickled already, to a file of tensors.
+
+    Errors: OSError naming the file.
+    """
     start = output.end
+    if isinstance(data, io.BytesIO):
+        output.write(data.getbuffer())
+    else:
+        assert data.untyped_storage().nbytes() == data.nbytes, "all of it would be written"
+        save_into(output, data)
+    length = output.end - start
+    return WriteResult(index, length, _StorageInfo(output.path.name, start, length))
+
+
+def save_into(output: Any, data: Any) -> None:
+    """torch.save into an Output, whose own error torch would hide behind one of its zip file."""
     try:
-        torch.save(tensor, output)
+        torch.save(data, output)
     except RuntimeError:
         if output.error is not None:
             raise output.error from None
         raise
-    length = output.end - start
-    return WriteResult(item.index, length, _StorageInfo(output.path.name, start, length))
 
 
 @contextmanager
@@ -218,17 +222,13 @@ class StateReader:
 
     def __init__(self, folder: Path, reached: Reached = nothing_follows) -> None:
         self._folder, self._reached = folder, reached
-        self._reader = FileSystemReader(folder)
+        self._reader = SafeReader(folder)
         try:
             metadata = self._reader.read_metadata()
         except FileNotFoundError:
             raise UserError(
                 f"{folder} holds no .metadata, so it is no megatron dist_checkpointing folder: "
                 "name a finished checkpoint"
-            ) from None
-        except DAMAGED as error:
-            raise UserError(
-                f"{folder / '.metadata'} is damaged ({error}): use another checkpoint"
             ) from None
         self._reader.set_up_storage_reader(metadata, True)
         self._places: dict[MetadataIndex, _StorageInfo] = metadata.storage_data
@@ -307,8 +307,8 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
 
     Every rank calls it, with whatever parallel layout the process groups have; with a virtual
     pipeline, `model` is all of the rank's chunks. Rows of vocabulary padding become zero.
-    Errors: megatron's CheckpointingException or KeyError when a parameter is missing or has another
-    shape.
+    Errors: UserError when the folder holds a pickle that is not safe to read; megatron's
+    CheckpointingException or KeyError when a parameter is missing or has another shape.
     """
     from megatron.core import dist_checkpointing
 
@@ -323,6 +323,7 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
         }
         for i, chunk in enumerate(chunks)
     }
+    require_safe(folder)
     # It brings along whatever else the checkpoint keeps in common.pt, such as learning rates.
     loaded = dist_checkpointing.load(wanted, str(folder))
     for i, chunk in enumerate(chunks):

@@ -24,6 +24,7 @@ from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
 from megatron_deft.config.stages import COUNTED, GIVEN
 from megatron_deft.convert import hf_folder
+from megatron_deft.convert.pickles import require_safe
 from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
 from megatron_deft.files import publish_folder, temporary_beside
@@ -292,6 +293,7 @@ def load(
             f"resumed at another layout than {manifest['layout']}: weights, optimizer and data "
             "position are exact, dropout draws anew"
         )
+    require_safe(folder / "state")
     with torch.no_grad():
         loaded = dist_checkpointing.load(state, str(folder / "state"))
     for number, chunk in enumerate(model):
