@@ -3,6 +3,7 @@
 The one place that asks whether there is a GPU.
 """
 
+import gc
 import os
 import random
 from datetime import timedelta
@@ -181,6 +182,7 @@ def shutdown() -> None:
         for group in parallel_state._global_process_group_list[1:]:  # the first is the caller's
             dist.destroy_process_group(group)
         parallel_state.destroy_model_parallel()
+        gc.collect()  # models and optimizers, which stand in circles, hold groups too
     if _owns_process_group and dist.is_initialized():
         dist.destroy_process_group()
     _owns_process_group = False
