@@ -55,8 +55,10 @@ def run(cfg: RunConfig) -> dict[str, float]:
         trainer = Trainer(cfg, base)
         with naming_dead_readers(cfg.data.workers):
             metrics = trainer.run()
-    if trainer.stopped is None:
-        trainer.exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank
+        is_stopped, exports = trainer.stopped is not None, trainer.exports
+        del trainer  # platform.shutdown frees it, and with it the last holders of its groups
+    if is_stopped:
+        exports.abandon()
     else:
-        trainer.exports.abandon()
+        exports.finish()  # behind the collectives: whoever waits for rank 0 is no rank
     return metrics
