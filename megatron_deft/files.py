@@ -16,10 +16,12 @@ from megatron_deft.errors import UserError
 
 
 def fsync_path(path: Path) -> None:
-    """Flush one file or folder to the disk."""
+    """Flush one file or folder to the disk. Errors: OSError naming it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:  # a full disk may be noticed here only
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         os.close(descriptor)
 

@@ -120,6 +120,11 @@ class CheckpointConfig(Section):
         "missing, when the run is resumed); train.keep_checkpoints counts for them as well",
         "never",
     )
+    async_save: bool = key(
+        "write checkpoints while training goes on, from a copy of the state in host memory; a "
+        "crash meanwhile falls back to the checkpoint before. false: training waits, nothing is "
+        "copied, and the next step begins when what was saved is on the disk", False
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,12 @@
-"""Training checkpoints: model, optimizer, random generators and data position, whole or not at all.
+"""Training checkpoints: model, optimizer, random generators and data position.
 
-RUN/checkpoints/step_00000020/ (see checkpoint_folder) is written under a temporary name by all
-ranks, hashed, renamed, and only then named by RUN/checkpoints/latest. The learning rate needs no
-state: it is a pure function of the step.
+RUN/checkpoints/step_00000020/ (see checkpoint_folder) is found, checked and loaded here; `saving`
+writes it. The learning rate needs no state: it is a pure function of the step.
 """
 
 import random
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
 from megatron_deft.config.stages import COUNTED, GIVEN
-from megatron_deft.convert import hf_folder
 from megatron_deft.convert.pickles import require_safe
-from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
-from megatron_deft.files import publish_folder, temporary_beside
 from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
-from megatron_deft.revision import revision
 from megatron_deft.training.exports import FOLDER as EXPORTS
 from megatron_deft.training.optimizer import restore, sharded_state, steps
 
@@ -117,62 +112,19 @@ def _rng_object(data: Any) -> ShardedObject:
     )
 
 
-def save(
-    run_dir: Path,
-    model: Sequence[GPTModel],
-    optimizer: ChainedOptimizer,
-    position: Position,
-    hf: Path,
-    template: str | None,
-    fields: Mapping[str, Any],
-    keep: int | None,
-    spare: Collection[Path] = (),
-) -> Path:
-    """Write the checkpoint of `position`; every rank calls it, all see the same file system.
+def state_to_save(
+    model: Sequence[GPTModel], optimizer: ChainedOptimizer, position: Position
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The sharded state of `position` for dist_checkpointing, which refers to the live tensors,
+    and the manifest's entries of it.
 
-    model:   this rank's chunks, unwrapped
-    hf:      folder with the Hugging Face files beside the weights to carry along
-    template: chat template that the tokenizer among them gets, None for its own
-    fields:  further entries of the manifest (spec, objective, base, config)
-    keep:    how many checkpoints to keep, None for all
-    spare:   checkpoints to keep beside them
-    returns: the checkpoint's folder
+    model: this rank's chunks, unwrapped
     """
-    root = run_dir / "checkpoints"
-    final = root / checkpoint_folder.step_name(position.step)
-    temporary = Path(_from_rank_0(str(temporary_beside(final))))
-    if dist.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        (temporary / "state").mkdir(parents=True)
-        hf_folder.copy_companions(hf, temporary / "hf")
-        if template is not None:
-            write_template(temporary / "hf", template)
-    dist.barrier()
     assert steps(optimizer) <= {position.updates}, f"{steps(optimizer)} steps at {position}"
     state = _model_state(model)
     state |= {"optimizer": sharded_state(optimizer, state), "rng": _rng_object(_rng_state())}
-    dist_checkpointing.save(state, str(temporary / "state"))
-    dist.barrier()
-    names = checkpoint_folder.list_files(temporary)[dist.get_rank() :: dist.get_world_size()]
-    hashes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(hashes, checkpoint_folder.hash_files(temporary, names))
-    if dist.get_rank() == 0:
-        checkpoint_folder.write_manifest(
-            temporary,
-            kind="training",
-            step=position.step,
-            files={name: entry for part in hashes for name, entry in part.items()},
-            consumed=position.consumed,
-            skipped=position.skipped,
-            layout=_layout(),
-            revision=revision(),
-            **fields,
-        )
-        publish_folder(temporary, final, overwrite=True)
-        checkpoint_folder.write_latest(root, final.name)
-        checkpoint_folder.drop_oldest(root, final, keep, spare)
-    dist.barrier()
-    return final
+    entries = {"consumed": position.consumed, "skipped": position.skipped, "layout": _layout()}
+    return state, entries
 
 
 def _from_rank_0(value: Any) -> Any:

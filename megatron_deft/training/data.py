@@ -150,18 +150,19 @@ def _tokenise(
     return on_rank_0(make)
 
 
-def on_rank_0(make: Callable[[], Built]) -> Built:
+def on_rank_0(make: Callable[[], Built], is_quick: bool = False) -> Built:
     """What rank 0 makes, on every rank; its error too, if it is one that ends in a line."""
     answer: list[Any] = [None, None]
     # Tokenising may take longer than other collectives may.
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    group = None if is_quick else dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if dist.get_rank() == 0:
         try:
             answer[0] = make()
         except (UserError, OSError) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0, group=group)
-    dist.destroy_process_group(group)
+    if group is not None:
+        dist.destroy_process_group(group)
     if answer[1] is not None:
         raise answer[1]
     return answer[0]  # type: ignore[no-any-return]

@@ -37,6 +37,7 @@ from megatron_deft.training.optimizer import (
 from megatron_deft.training.preemption import REASONS, Preemption
 from megatron_deft.training.resume import changes
 from megatron_deft.training.samples import first_sample, load_tokenizer
+from megatron_deft.training.saving import Companions, Saver, little_room
 from megatron_deft.training.schedule import learning_rate
 from megatron_deft.training.spikes import Spikes, recent_losses
 from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums
@@ -97,6 +98,7 @@ class Trainer:
         self.tokens: int | None = 0  # of all samples so far; None: an older run did not count
         self.landscape: Landscape | None = None  # of the last step, if it was due
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
+        self.saver = Saver(self.run_dir, cfg.train.keep_checkpoints)
         self.denominator = StepDenominator()
         self.model[0].config.finalize_model_grads_func = self.denominator.finalize
         self.clock = Clock()
@@ -182,6 +184,9 @@ class Trainer:
             metrics = self.step()
             step = self.position.step
             self.watch.progress(step=step)
+            # A run that may end here by its bad steps keeps what was saved before them.
+            self._poll_save(wait_for_it=self.bad_steps.in_a_row > 0)
+            metrics |= self.saver.take_seconds()
             if self._is_due(cfg.val_every, step) and self.data.val_rows and not self.stopped:
                 metrics |= self.validate()
             if log is not None and spikes is not None:
@@ -199,10 +204,11 @@ class Trainer:
             is_save_due |= cfg.save_every is not None and step % cfg.save_every == 0
             # Weights that give no loss any more are no reason to drop a checkpoint: wait and see.
             if is_save_due and self.bad_steps.in_a_row == 0:
-                self.save()
+                self.save(wait_for_it=not self.cfg.checkpoint.async_save)
                 is_save_due = False
             elif self.stopped or (step == total and (is_save_due or cfg.save_at_end)):
                 self.save()
+        self._poll_save(wait_for_it=True)
         return metrics
 
     def _is_due(self, every: int | None, step: int) -> bool:
@@ -326,36 +332,42 @@ class Trainer:
         )
         return parts
 
-    def save(self) -> Path:
-        """Write a checkpoint of where the run stands."""
-        begin = time.perf_counter()
+    def save(self, wait_for_it: bool = True) -> None:
+        """Write a checkpoint of where the run stands, when the one before is whole."""
+        self._poll_save(wait_for_it=True)
         self.watch.progress(SLOW)
         complete_parameters(self.cfg, self.ddp)
-        folder = checkpointing.save(
-            self.run_dir,
-            self.model,
-            self.optimizer,
-            self.position,
-            self.files,
-            self.template,
-            {
-                "spec": self.spec.to_json(),
-                "adapter": self.adapter,
-                "objective": self.attachment.objective.spec,
-                "base": self.base,
-                "license": self.license,
-                "tokens": self.tokens,
-                "data": self.data.train.fingerprint,
-                "config": to_dict(self.cfg),
-            },
-            self.cfg.train.keep_checkpoints,
-            self.exports.needed(),
-        )
-        self.files = folder / "hf"
-        seconds = time.perf_counter() - begin
-        self.preemption.saved(seconds)
+        fields = {
+            "spec": self.spec.to_json(),
+            "adapter": self.adapter,
+            "objective": self.attachment.objective.spec,
+            "base": self.base,
+            "license": self.license,
+            "tokens": self.tokens,
+            "data": self.data.train.fingerprint,
+            "config": to_dict(self.cfg),
+        }
+        companions = Companions(self.files, self.template, fields)
+        in_background = not wait_for_it
+        self.saver.start(self.model, self.optimizer, self.position, companions, in_background)
+        self._poll_save(wait_for_it)
+
+    def _poll_save(self, wait_for_it: bool = False) -> None:
+        """See to the checkpoint that is on its way, if there is one; the ranks agree on it."""
+        if wait_for_it:
+            self.watch.progress(SLOW)
+        saved = self.saver.poll(wait_for_it, self.exports.needed())
         self.watch.progress()
-        say(f"saved {folder} in {seconds:.1f} s")
+        if saved is None:
+            return
+        self.preemption.saved(saved.seconds)
+        self.files = saved.folder / "hf"
+        waited = f", training waited {saved.waited:.1f} s" * self.cfg.checkpoint.async_save
+        say(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
+        self._warn_of_little_room(saved.bytes)
         if dist.get_rank() == 0:
-            self.exports.saved(folder, self.position.step == self.data.total_steps)
-        return folder
+            self.exports.saved(saved.folder, saved.step == self.data.total_steps)
+
+    def _warn_of_little_room(self, needed: int) -> None:
+        if dist.get_rank() == 0 and (warning := little_room(self.run_dir, needed)):
+            say(f"warning: {warning}")
