@@ -12,11 +12,10 @@ in here, so that looking at a folder costs nothing.
 """
 
 import json
-import queue
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,14 @@ from xxhash import xxh3_128
 
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write, read_json
+from megatron_deft.hashing import hash_file, hash_files
 
 MANIFEST = "megatron_deft.json"
 FORMAT = 2
 KINDS = ("weights", "training")
 LATEST = "latest"
+SEAL = "manifest_xxh3_128"  # in a manifest: its own checksum; not written from the start
 SOURCE = "megatron_deft_source.json"  # in an export: which folder it was made of
-BLOCK = 16 * 2**20  # bytes hashed at a time
-LAG = 16  # blocks
 
 
 def _is_hash(entry: Any) -> bool:
@@ -60,6 +59,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "adapter": _or_none(dict),
 }
 
+_DROPPING = threading.Lock()  # a save's thread and the one that sees to exports take turns
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+(-\d+)?")
 
@@ -69,93 +69,6 @@ def list_files(folder: str | Path) -> list[str]:
     folder = Path(folder)
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return sorted(name for name in names if name != MANIFEST)
-
-
-def hash_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Size in bytes and xxh3_128 of each named file: the manifest's "files".
-
-    It is to find damage, not to prove who wrote a file. A cryptographic hash was rejected: BLAKE2b
-    does 0.4 GB/s where XXH3 does 8, and would take half of the time of a conversion.
-
-    Ranks share the work by hashing `list_files(folder)[rank::world_size]` each; the merged dicts go
-    to `write_manifest`. Streams in 16 MiB blocks.
-    """
-    return {name: _hash_file(Path(folder) / name) for name in names}
-
-
-def _entry(digest: Any, size: int) -> dict[str, Any]:
-    return {"bytes": size, "xxh3_128": digest.hexdigest()}
-
-
-def _hash_file(path: Path) -> dict[str, Any]:
-    digest, size = xxh3_128(), 0
-    with open(path, "rb") as handle:
-        while block := handle.read(BLOCK):
-            digest.update(block)
-            size += len(block)
-    return _entry(digest, size)
-
-
-class FollowingHashes:
-    """Hashes of files, computed in a thread behind whoever reads or writes them front to back.
-
-    A pass of its own over a finished folder was rejected: it would read every file once more from
-    the disk, while here the pages are still in memory. `reached` waits when the thread is more than
-    LAG blocks behind, so they stay there. Leaving the `with` block ends the thread.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        self._folder = Path(folder)
-        self._sent: dict[Path, int] = {}  # bytes of each file that the thread was told of
-        self._found: dict[Path, tuple[Any, int]] = {}  # digest and bytes, the thread's own
-        self._tasks: queue.Queue[tuple[Path, int | None] | None] = queue.Queue(LAG)
-        self._error: BaseException | None = None
-        self._stopped = False
-        self._thread = threading.Thread(target=self._work, daemon=True)
-
-    def __enter__(self) -> "FollowingHashes":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped = True
-        self._tasks.put(None)
-        self._thread.join()
-
-    def reached(self, path: Path, end: int) -> None:
-        """Bytes of the file `path` below `end` are there, and will not change."""
-        for border in range(self._sent.get(path, 0) + BLOCK, end + 1, BLOCK):
-            self._sent[path] = border
-            self._tasks.put((path, border))
-
-    def finish(self, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-        """Like `hash_files` of the folder: hash what is left of each file, which now is whole."""
-        names = list(names)
-        for name in names:
-            self._tasks.put((self._folder / name, None))
-        self._tasks.put(None)
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return {name: _entry(*self._found[self._folder / name]) for name in names}
-
-    def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            if self._stopped or self._error is not None:
-                continue  # emptying the queue, so that nobody waits for room in it
-            try:
-                self._follow(*task)
-            except BaseException as error:
-                self._error = error
-
-    def _follow(self, path: Path, end: int | None) -> None:
-        digest, done = self._found.get(path) or (xxh3_128(), 0)
-        with open(path, "rb", buffering=0) as handle:
-            handle.seek(done)
-            while block := handle.read(BLOCK if end is None else min(BLOCK, end - done)):
-                digest.update(block)
-                done += len(block)
-        self._found[path] = digest, done
 
 
 def write_manifest(
@@ -184,13 +97,17 @@ def write_manifest(
         **extra,
         "files": {name: dict(files[name]) for name in sorted(files)},
     }
+    manifest[SEAL] = _fingerprint(json.loads(json.dumps(manifest)))  # of what will be read
     with atomic_write(Path(folder) / MANIFEST) as handle:
         json.dump(manifest, handle, indent=1)
         handle.write("\n")
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of `folder`. Errors: UserError when there is none, or none that we can read."""
+    """The manifest of `folder`, without its own checksum.
+
+    Errors: UserError when there is none, none that we can read, or a damaged one.
+    """
     path = Path(folder) / MANIFEST
     missing = (
         f"{folder} has no {MANIFEST}, so it is not a finished megatron_deft folder: name one "
@@ -203,6 +120,12 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise UserError(
             f"{path} has format {manifest.get('format')!r}, this version reads {FORMAT}: "
             "use the megatron_deft that wrote it"
+        )
+    seal = manifest.pop(SEAL, None)
+    if seal is not None and seal != _fingerprint(manifest):
+        raise UserError(
+            f"{path} does not match its own checksum: the folder is damaged: use another "
+            "checkpoint, or convert the model again"
         )
     wrong = [name for name, fits in FIELDS.items() if not fits(manifest.get(name))]
     if wrong:
@@ -237,7 +160,7 @@ def verify(
             problems.append(f"{name} is missing")
         elif (size := path.stat().st_size) != want["bytes"]:
             problems.append(f"{name} has {size} bytes instead of {want['bytes']}")
-        elif name in named and (known.get(name) or _hash_file(path)) != want:
+        elif name in named and (known.get(name) or hash_file(path)) != want:
             problems.append(f"{name} does not match its checksum")
     return problems
 
@@ -246,7 +169,7 @@ def write_source(export: str | Path, manifest: Mapping[str, Any]) -> None:
     """Record in the folder `export` that it is made of the folder with this manifest."""
     made_of = {"kind": manifest["kind"], "step": manifest["step"]}
     with atomic_write(Path(export) / SOURCE) as handle:
-        json.dump({**made_of, "manifest_xxh3_128": _fingerprint(manifest)}, handle, indent=1)
+        json.dump({**made_of, SEAL: _fingerprint(manifest)}, handle, indent=1)
         handle.write("\n")
 
 
@@ -259,7 +182,7 @@ def is_export_of(export: str | Path, folder: str | Path) -> bool:
         recorded = json.loads((Path(export) / SOURCE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    made_of = recorded.get("manifest_xxh3_128") if isinstance(recorded, dict) else None
+    made_of = recorded.get(SEAL) if isinstance(recorded, dict) else None
     return bool(made_of == _fingerprint(read_manifest(folder)))
 
 
@@ -283,9 +206,10 @@ def drop_oldest(
     """
     if keep is not None:
         spared = {path.resolve() for path in spare}
-        for path in [p for p in _step_folders(Path(root)) if p.name <= newest.name][:-keep]:
-            if path.resolve() not in spared:
-                shutil.rmtree(path)
+        with _DROPPING:
+            for path in [p for p in _step_folders(Path(root)) if p.name <= newest.name][:-keep]:
+                if path.resolve() not in spared:
+                    shutil.rmtree(path)
 
 
 def set_aside(root: str | Path, step: int) -> list[str]:

@@ -19,13 +19,14 @@ HEAVY = (
 ROOMS = {
     "errors": set(),
     "files": {"errors"},
+    "hashing": set(),
     "hf_files": set(),
     "options": set(),
     "processes": set(),
     "published": set(),
     "objectives": {"errors"},
     "config": {"errors", "objectives"},
-    "checkpoint_folder": {"errors", "files"},
+    "checkpoint_folder": {"errors", "files", "hashing"},
     "revision": set(),
     "ops": {"errors"},
     "loss": {"errors", "objectives", "ops"},
@@ -34,15 +35,15 @@ ROOMS = {
     "data": {"errors", "files", "hf_files", "options", "processes", "config"},
     "integrations": {"errors", "objectives", "loss", "published"},
     "convert": {
-        "errors", "files", "hf_files", "checkpoint_folder", "platform", "models", "integrations",
-        "revision",
+        "errors", "files", "hashing", "hf_files", "checkpoint_folder", "platform", "models",
+        "integrations", "revision",
     },
     "evaluation": {
         "errors", "files", "checkpoint_folder", "options", "processes", "data", "platform",
     },
     "training": {
-        "errors", "files", "checkpoint_folder", "config", "data", "convert", "models", "loss",
-        "platform", "objectives", "processes", "revision",
+        "errors", "files", "hashing", "checkpoint_folder", "config", "data", "convert", "models",
+        "loss", "platform", "objectives", "processes", "revision",
     },
     "benchmarks": {
         "errors", "files", "objectives", "ops", "loss", "platform", "models", "convert",

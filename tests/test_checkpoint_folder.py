@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.errors import UserError
+from megatron_deft.hashing import hash_files
 
 
 def make(path: Path, step: int = 1) -> Path:
@@ -59,61 +59,10 @@ def test_manifest_round_trip(tmp_path: Path) -> None:
     assert folders.verify(tmp_path / "a") == []
 
 
-def test_hashing_streams_over_block_borders(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "x").write_bytes(bytes(range(256)) * 5)
-    whole = folders.hash_files(tmp_path, ["x"])
-    monkeypatch.setattr(folders, "BLOCK", 100)
-    assert folders.hash_files(tmp_path, ["x"]) == whole
-    assert whole["x"]["bytes"] == 1280
-
-
-def test_hashes_follow_a_file_that_is_being_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However unevenly it grows, more slowly or faster than it is hashed; and files beside it."""
-    monkeypatch.setattr(folders, "BLOCK", 100)
-    monkeypatch.setattr(folders, "LAG", 2)
-    (tmp_path / "other").write_bytes(b"o" * 250)
-    (tmp_path / "empty").write_bytes(b"")
-    path, end = tmp_path / "sub" / "x", 0
-    path.parent.mkdir()
-    with folders.FollowingHashes(tmp_path) as hashes, open(path, "wb", buffering=0) as handle:
-        for length in (30, 170, 1, 999, 0, 100, 7):
-            end += handle.write(os.urandom(length))
-            hashes.reached(path, end)
-        hashes.reached(path, 40)  # a part of it that was read again
-        found = hashes.finish(["sub/x", "other", "empty"])
-    assert found == folders.hash_files(tmp_path, ["sub/x", "other", "empty"])
-    assert found["sub/x"]["bytes"] == end == 1307
-
-
-def test_hashing_behind_says_what_went_wrong(tmp_path: Path) -> None:
-    with folders.FollowingHashes(tmp_path) as hashes:
-        for _ in range(100):
-            hashes.reached(tmp_path / "absent", 10 * folders.BLOCK)
-        with pytest.raises(FileNotFoundError, match="absent"):
-            hashes.finish(["absent"])
-
-
-def test_hashing_behind_ends_with_the_work_it_follows(tmp_path: Path) -> None:
-    def interrupted() -> None:
-        with folders.FollowingHashes(tmp_path) as hashes:
-            (tmp_path / "x").write_bytes(bytes(100))
-            hashes.reached(tmp_path / "x", 100)
-            raise KeyboardInterrupt
-
-    before = threading.active_count()
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert threading.active_count() == before
-
-
 def test_ranks_share_the_hashing(tmp_path: Path) -> None:
     path = make(tmp_path / "a")
     names = folders.list_files(path)
-    shares = [folders.hash_files(path, names[rank::3]) for rank in range(3)]
+    shares = [hash_files(path, names[rank::3]) for rank in range(3)]
     merged = {name: value for share in shares for name, value in share.items()}
     assert merged == folders.read_manifest(path)["files"]
     folders.write_manifest(path, kind="weights", spec={}, files=merged)
@@ -132,6 +81,20 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], says: s
     path = make(tmp_path / "a")
     damage(path / "state" / "__0_0.distcp")
     assert folders.verify(path) == [f"state/__0_0.distcp {says}" + " checksum" * ("blake" in says)]
+
+
+def test_a_flipped_digit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    """It is still JSON, of legal fields; one without a checksum of its own is from before."""
+    path = make(tmp_path / "a", step=16)
+    text = (path / folders.MANIFEST).read_text()
+    assert folders.SEAL in text
+    (path / folders.MANIFEST).write_text(text.replace('"step": 16', '"step": 17'))
+    (problem,) = folders.verify(path)
+    assert "megatron_deft.json does not match its own checksum" in problem
+    before = json.dumps({k: v for k, v in json.loads(text).items() if k != folders.SEAL})
+    (path / folders.MANIFEST).write_text(before)
+    assert folders.verify(path) == []
+    assert folders.read_manifest(path)["step"] == 16
 
 
 def test_sizes_alone_do_not_see_a_flipped_bit(tmp_path: Path) -> None:

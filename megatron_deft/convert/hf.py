@@ -26,6 +26,7 @@ from megatron_deft.convert.state import DATA_SUFFIX, Chunk, write_state
 from megatron_deft.convert.streams import nothing_follows, progress_bar
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
+from megatron_deft.hashing import FollowingHashes
 
 HEADER_BYTES = 4096  # at most, of one tensor, in either format
 logger = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ def import_hf(
         atomic_folder(
             out, overwrite, _needs(total, len(chunks), folder), folders.MANIFEST
         ) as target,
-        folders.FollowingHashes(target) as hashes,
+        FollowingHashes(target) as hashes,
         progress_bar("import", total) as bar,
     ):
         hf_folder.copy_companions(folder, target / "hf")
@@ -122,7 +123,7 @@ def export_hf(
     manifest = folders.read_manifest(folder)
     large = {name for name in manifest["files"] if name.endswith(DATA_SUFFIX)}
     require_whole(folder, checksums=manifest["files"].keys() - large)
-    hashes = folders.FollowingHashes(folder)
+    hashes = FollowingHashes(folder)
     follow = verify or manifest["kind"] == "weights"
     source = open_ours(folder, hashes.reached if follow else nothing_follows, base)
     pieces = _pieces(source, target_dtype)

@@ -27,6 +27,7 @@ from megatron_deft.convert.state import Chunk, write_state
 from megatron_deft.convert.streams import progress_bar
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder
+from megatron_deft.hashing import FollowingHashes
 from megatron_deft.integrations import nemo_checkpoint
 from megatron_deft.models.families import ModelSpec
 
@@ -88,7 +89,7 @@ def import_nemo(
     logger.info("importing %d tensors of %s", len(chunks), folder)
     with (
         atomic_folder(out, overwrite, _needs(chunks, model.tokenizer), folders.MANIFEST) as new,
-        folders.FollowingHashes(new) as hashes,
+        FollowingHashes(new) as hashes,
         progress_bar("import", _bytes(chunks)) as bar,
     ):
         _write_companions(new / "hf", model)

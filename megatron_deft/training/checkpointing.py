@@ -24,6 +24,7 @@ from megatron_deft.config import RunConfig
 from megatron_deft.config.stages import COUNTED, GIVEN
 from megatron_deft.convert.pickles import require_safe
 from megatron_deft.errors import UserError
+from megatron_deft.hashing import hash_files
 from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.training.exports import FOLDER as EXPORTS
@@ -198,7 +199,7 @@ def _problems(folder: Path) -> list[str]:
         return problems
     recorded = checkpoint_folder.read_manifest(folder)["files"]
     names = sorted(recorded)[dist.get_rank() :: dist.get_world_size()]
-    found = checkpoint_folder.hash_files(folder, names)
+    found = hash_files(folder, names)
     wrong: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(wrong, [name for name in names if found[name] != recorded[name]])
     return [f"{name} does not match its checksum" for part in wrong for name in part]

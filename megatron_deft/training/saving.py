@@ -46,6 +46,7 @@ from megatron_deft.convert.streams import Output, nothing_follows, progress_bar
 from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
 from megatron_deft.files import fsync_path, publish_folder, require_space, temporary_beside
+from megatron_deft.hashing import hash_files
 from megatron_deft.platform import device
 from megatron_deft.revision import revision
 from megatron_deft.training.checkpointing import Position, state_to_save
@@ -337,7 +338,7 @@ def _publish(
 
 def _hashes(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Any]]:
     names = [path.relative_to(folder).as_posix() for path in paths]
-    return checkpoint_folder.hash_files(folder, names)
+    return hash_files(folder, names)
 
 
 def _cause(error: BaseException, folder: Path) -> tuple[str, str]:

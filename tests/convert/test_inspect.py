@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from megatron_deft.checkpoint_folder import read_manifest
 from megatron_deft.cli import main
 from megatron_deft.config import load_config
 from megatron_deft.convert.hf import import_hf
@@ -219,7 +220,7 @@ def test_a_config_of_odd_values_is_no_traceback(source: Path, tmp_path: Path) ->
 def test_a_spec_that_lacks_a_field_is_one_line(weights: Path, tmp_path: Path) -> None:
     shutil.copytree(weights, tmp_path / "w")
     path = tmp_path / "w" / "megatron_deft.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_manifest(tmp_path / "w")
     del manifest["spec"]["num_layers"]
     path.write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"missing fields \['num_layers'\]"):

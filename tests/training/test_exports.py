@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_deft.checkpoint_folder import MANIFEST, is_export_of
+from megatron_deft.checkpoint_folder import MANIFEST, is_export_of, read_manifest
 from megatron_deft.config import RunConfig
 from megatron_deft.convert.hf import export_hf
 from megatron_deft.errors import UserError
@@ -32,9 +32,13 @@ def run_with(base: Path, run_dir: Path, mode: str, **settings: object) -> RunCon
 
 def test_every_save_and_last(base: Path, tmp_path: Path) -> None:
     """train.keep_checkpoints counts for exports too, but none is removed before it was exported,
-    though saving is faster than exporting."""
-    every, last = tmp_path / "every", tmp_path / "last"
-    kept = run_with(base, every, "every_save", **{"train.keep_checkpoints": 2})
+    though saving is faster than exporting. Paths are words of no shell."""
+    odd = tmp_path / "$(touch pwned); touch pwned `touch pwned`"
+    odd.mkdir()
+    (odd / "weights").symlink_to(base / "megatron")
+    every, last = odd / "every", tmp_path / "last"
+    settings = {"train.keep_checkpoints": 2, "model.load": odd / "weights"}
+    kept = run_with(base, every, "every_save", **settings)
     run_ranks(2, train_all, [kept, run_with(base, last, "last")])
     steps = [f"step_{step:08d}" for step in (1, 2, 3)]
     log = (every / "hf" / "export.log").read_text()
@@ -46,6 +50,7 @@ def test_every_save_and_last(base: Path, tmp_path: Path) -> None:
         again = export_hf(every / "checkpoints" / step.name, tmp_path / step.name, verify=False)
         assert_same_tensors(tensors(step), tensors(again))
         assert (step / "tokenizer.json").exists()
+    assert not Path("pwned").exists()
 
 
 def test_what_a_run_left_unexported_is_exported_when_it_is_resumed(
@@ -93,7 +98,7 @@ def checkpoint(base: Path, run: Path, step: int, objective: str = "deft") -> Pat
     """A folder that can be exported; what a run wrote differs in its manifest, as here."""
     folder = run / "checkpoints" / f"step_{step:08d}"
     shutil.copytree(base / "megatron", folder)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = read_manifest(folder)
     (folder / MANIFEST).write_text(json.dumps(manifest | {"step": step, "objective": objective}))
     return folder
 

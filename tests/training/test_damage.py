@@ -1,0 +1,88 @@
+"""A newest checkpoint that is damaged, in each of its files: the one before is gone on from."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+from megatron_deft.checkpoint_folder import MANIFEST
+from megatron_deft.config import RunConfig
+from tests.distributed import run_ranks
+from tests.training.ranks import config, metrics, train_all
+from tests.training.test_trainer import flip_a_byte
+
+LAYOUT = {
+    "parallel.tensor": 2,
+    "model.hidden_dropout": 0.1,
+    "train.steps": 3,
+    "train.save_every": 1,
+}
+NEWEST, BEFORE = "step_00000002", "step_00000001"
+
+
+def flip_a_digit(path: Path) -> None:
+    """The number of samples: JSON as good as before."""
+    text = path.read_text()
+    assert '"consumed": 16,' in text
+    path.write_text(text.replace('"consumed": 16,', '"consumed": 18,'))
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def half_written(path: Path) -> None:
+    path.rename(path.with_name(f".{path.name}.tmp-77"))
+
+
+# File of the checkpoint -> what is done to it, what is said of it.
+DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
+    ("state/__0_0.distcp", flip_a_byte, "does not match its checksum"),
+    ("state/__1_1.distcp", flip_a_byte, "does not match its checksum"),
+    ("state/common.pt", flip_a_byte, "does not match its checksum"),
+    ("state/.metadata", flip_a_byte, "does not match its checksum"),
+    ("state/metadata.json", flip_a_byte, "does not match its checksum"),
+    ("hf/tokenizer.json", flip_a_byte, "does not match its checksum"),
+    (MANIFEST, flip_a_digit, "does not match its own checksum"),
+    (MANIFEST, cut_short, "is not readable JSON"),
+    (MANIFEST, Path.unlink, f"has no {MANIFEST}"),
+    ("state/__1_0.distcp", cut_short, "bytes instead of"),
+    ("state/__0_1.distcp", Path.unlink, "is missing"),
+    ("hf/config.json", Path.unlink, "is missing"),
+    ("", half_written, "half-written"),
+    ("", shutil.rmtree, "missing, though latest names it"),
+]
+
+
+def hear_all(rank: int, world: int, configs: list[RunConfig]) -> list[str]:
+    answers = []
+    for cfg in configs:
+        with redirect_stdout(StringIO()) as said:
+            train_all(rank, world, [cfg])
+        answers.append(said.getvalue())
+    return answers
+
+
+def test_the_run_ends_as_if_nothing_had_been_damaged(base: Path, tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    run_ranks(2, train_all, [config(base, whole, **LAYOUT)])
+    shutil.copytree(whole, tmp_path / "cut")
+    root = tmp_path / "cut" / "checkpoints"
+    shutil.rmtree(root / "step_00000003")
+    (root / "latest").write_text(f"{NEWEST}\n")
+    runs = []
+    for number, (name, damage, _) in enumerate(DAMAGE):
+        run_dir = tmp_path / str(number)
+        shutil.copytree(tmp_path / "cut", run_dir)
+        damage(run_dir / "checkpoints" / NEWEST / name)
+        runs.append(config(base, run_dir, **LAYOUT, **{"train.resume": "auto"}))
+    answers = run_ranks(2, hear_all, runs)[0]
+    losses = [(line["step"], line["loss"]) for line in metrics(whole)]
+    for cfg, said, (name, _, why) in zip(runs, answers, DAMAGE, strict=True):
+        warning = next(line for line in said.splitlines() if line.startswith("warning:"))
+        for part in (NEWEST, name, why, f"going on from {BEFORE}"):
+            assert part in warning, (name, why)
+        run_dir = Path(cfg.run_dir)
+        assert [(line["step"], line["loss"]) for line in metrics(run_dir)] == losses, (name, why)
+        assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003\n"
