@@ -6,6 +6,7 @@ What a killed run leaves unexported is exported when it is resumed.
 """
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -198,7 +199,7 @@ class Exports:
     def _again(self, checkpoint: Path) -> str:
         if not checkpoint.exists():
             return "; train.keep_checkpoints has removed that checkpoint since"
-        return f"; again: megatron-deft {' '.join(self._command(checkpoint))}"
+        return f"; again: megatron-deft {shlex.join(self._command(checkpoint))}"
 
 
 def _clear_up(target: Path) -> None:
