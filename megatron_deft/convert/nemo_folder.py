@@ -169,7 +169,9 @@ def _tokenizer_facts(files: Iterable[Path]) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(found.parent, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            found.parent, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{found.parent} is no tokenizer that transformers reads ({error}): copy it again"

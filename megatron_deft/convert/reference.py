@@ -43,7 +43,9 @@ class HuggingFace:
         try:
             if __version__.startswith("4.") and portable.only_5_reads(self._written):
                 return AutoConfig.for_model(**portable.portable_config(self._written, self.spec))
-            return AutoConfig.from_pretrained(self.path, local_files_only=True)
+            return AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
         except Exception as error:  # of many kinds: what the checks of config classes raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(

@@ -35,7 +35,9 @@ def load_tokenizer(folder: str | Path, template: str | None = None) -> Any:
             "(hf download NAME --local-dir DIR)"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # of many kinds: transformers 4 raises AttributeError for no file
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -84,10 +86,10 @@ def save_tokenizer(source: Path, tokenizer: Any, target: Path) -> None:
     copy_matching(source, target, TOKENIZER_FILES)
     from transformers import AutoTokenizer
 
-    read = AutoTokenizer.from_pretrained(target, local_files_only=True)
+    read = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
     if template_text(read) != template_text(tokenizer):
         write_template(target, template_text(tokenizer))
-        read = AutoTokenizer.from_pretrained(target, local_files_only=True)
+        read = AutoTokenizer.from_pretrained(target, local_files_only=True, trust_remote_code=False)
     assert template_text(read) == template_text(tokenizer)
     assert tokenizer_hash(read) == tokenizer_hash(tokenizer)
 

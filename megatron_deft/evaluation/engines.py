@@ -104,7 +104,8 @@ def load_model(folder: Path, dtype: str) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES.get(dtype, automatic), local_files_only=True,
-            output_loading_info=True, ignore_mismatched_sizes=True,  # they are named below
+            trust_remote_code=False, output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are named below
         )  # fmt: skip
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {one_line(error)}") from error
@@ -213,7 +214,9 @@ class VllmEngine:
 
         self.dtype = dtype
         self.tokenizer = load_tokenizer(folder)
-        self.llm = LLM(model=str(folder), dtype=_VLLM_DTYPES[dtype], seed=0)
+        self.llm = LLM(
+            model=str(folder), dtype=_VLLM_DTYPES[dtype], seed=0, trust_remote_code=False
+        )
         self.ends = end_ids(self.tokenizer, folder)
         self.positions = int(self.llm.llm_engine.model_config.max_model_len)
 

@@ -66,7 +66,7 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers 4 raises AttributeError for a missing file
         raise UserError(
             f"{folder}: its tokenizer does not load ({one_line(error)}): copy the base model's "

@@ -145,7 +145,7 @@ def load_model(engine: str, folder: Path, batch_size: int, dtype: str) -> Any:
     where = str(folder.resolve())  # a relative one could be a name on the Hub, and be looked up
     options = {"dtype": DTYPES.get(dtype, "auto"), "batch_size": "auto", "seed": _SEED}
     try:
-        return get_model(_MODELS[kind])(pretrained=where, **options)
+        return get_model(_MODELS[kind])(pretrained=where, trust_remote_code=False, **options)
     except ModuleNotFoundError as error:
         raise UserError(f"engine {kind}: {error}: install it, or pass another --engine") from error
     except (OSError, ValueError) as error:

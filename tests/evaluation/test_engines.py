@@ -212,7 +212,8 @@ def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in with the documented names, that decodes with the other engine."""
 
     class LLM:
-        def __init__(self, *, model: str, dtype: str, seed: int) -> None:
+        def __init__(self, *, model: str, dtype: str, seed: int, trust_remote_code: bool) -> None:
+            assert not trust_remote_code
             assert dtype in ("auto", "float32", "bfloat16")
             self.engine = TransformersEngine(model, 4, "fp32")
             self.llm_engine = SimpleNamespace(model_config=SimpleNamespace(max_model_len=4096))
