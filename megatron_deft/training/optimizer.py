@@ -14,6 +14,8 @@ from itertools import chain
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -144,6 +146,20 @@ def sharded_state(
     }
     # A part whose parameters all are on other pipeline stages has none here.
     return {number: entries for number, entries in tensors.items() if entries}
+
+
+def bytes_to_save(cfg: RunConfig, optimizer: ChainedOptimizer) -> int:
+    """How large a checkpoint will be, a little more: what tensor ranks share is counted for each.
+
+    Every rank calls it.
+    """
+    distributed, weight = cfg.parallel.distributed_optimizer, 2 if cfg.model.dtype == "bf16" else 4
+    moments, master = 8, 4 * (distributed or weight == 2)
+    numbers = sum(p.numel() for part in optimizer.chained_optimizers for p in part.get_parameters())
+    total = torch.tensor(numbers, dtype=torch.int64, device=device())
+    dist.all_reduce(total)
+    copies = 1 if distributed else parallel_state.get_data_parallel_world_size()
+    return int(total) * (weight + moments + master) // copies
 
 
 def restore(optimizer: ChainedOptimizer, loaded: Mapping[int, Any], step: int) -> None:

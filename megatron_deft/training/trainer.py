@@ -31,6 +31,7 @@ from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.model import build_chunks, complete_parameters, wrap_chunks
 from megatron_deft.training.optimizer import (
     build_optimizer,
+    bytes_to_save,
     has_finite_rest,
     set_hyper_parameters,
 )
@@ -154,6 +155,8 @@ class Trainer:
         say(f"loss from {self._path_of_loss()}")
         if self.peak is not None:
             say(f"mfu: of {self.peak:g} TFLOP/s for each {device_name()}")
+        if cfg.train.save_every or cfg.train.save_at_end:
+            self._warn_of_little_room(bytes_to_save(cfg, self.optimizer))
         log = None
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))

@@ -13,6 +13,7 @@ from unittest import mock
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
+from megatron_deft.convert.state import StateReader
 from megatron_deft.errors import UserError
 from megatron_deft.training.run import run
 from tests.distributed import run_ranks
@@ -69,7 +70,9 @@ def slowly(stack: ExitStack, wait: Callable[[int, int], None]) -> list[tuple[str
 def save_both_ways(rank: int, world: int, configs: list[RunConfig]) -> Any:
     """Waited for; in the background, written two steps later; one save after the other."""
     waited, late, crowded = configs
-    heard(world, waited)
+    with mock.patch("megatron_deft.training.trainer.little_room", return_value="no room") as asked:
+        warned = heard(world, waited).count("warning: no room")
+    sizes = [call.args[1] for call in asked.call_args_list]
     with ExitStack() as stack:
         happened = slowly(stack, lambda saved, done: saved == 4 and done < 6)
         said = heard(world, late)
@@ -80,7 +83,7 @@ def save_both_ways(rank: int, world: int, configs: list[RunConfig]) -> Any:
             lambda saved, _: time.monotonic() < deadline.setdefault(saved, time.monotonic() + 0.2),
         )
         heard(world, crowded)
-    return said, happened, crowd
+    return said, happened, crowd, warned, sizes
 
 
 def test_what_is_saved_in_the_background_is_the_step_it_was_saved_at(
@@ -109,7 +112,13 @@ def test_what_is_saved_in_the_background_is_the_step_it_was_saved_at(
     assert ["save_seconds" in line for line in lines[0]] == [False] * 4 + [True] + [False] * 3
     assert ["save_seconds" in line for line in lines[1]] == [False] * 7 + [True]
     assert 0 < lines[1][7]["save_seconds"] < lines[1][7]["save_total_seconds"]
-    for said, happened, crowd in answers:
+    stored = StateReader(tmp_path / "waited" / "checkpoints" / "step_00000004" / "state").tensors
+    tensors = sum(t.size.numel() * t.properties.dtype.itemsize for t in stored.values())
+    _, _, _, warned, (expected, *measured) = answers[0]
+    assert warned == 3, "when it starts and after each save"
+    assert tensors <= expected < 1.1 * tensors
+    assert all(tensors < size < 2 * tensors for size in measured)
+    for said, happened, crowd, *_ in answers:
         assert happened[:4] == [("begin", 4)] * 2 + [("end", 4)] * 2
         steps = [step for _, step in crowd]
         assert steps == sorted(steps) == [1] * 4 + [2] * 4 + [3] * 4, "one at a time"
