@@ -2,6 +2,7 @@
 # make test         the test suite, in JOBS=2 processes; in one: .venv/bin/python -m pytest
 # make test-transformers4   the tests of conversion under transformers 4.57, and between it and 5
 # make test-nemo    NeMo 2's checkpoints, recipes and training loop, in an environment of its own
+# make matrix       every objective in every layout, 4 processes, against one process, into MATRIX
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-head   time and memory of the language-model head with its loss, into RESULT
@@ -20,11 +21,12 @@ RESULT ?= tools/bench_results/$(NAMED)cpu.json
 DISK ?= .
 MATH ?=
 JOBS ?= 2
+MATRIX ?= tools/bench_results/matrix.json
 BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test test-transformers4 nemo-environment test-nemo lint format bench bench-head bench-convert bench-data clean
+.PHONY: install quickstart test matrix test-transformers4 nemo-environment test-nemo lint format bench bench-head bench-convert bench-data clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -44,6 +46,9 @@ quickstart: install
 # Whole files go to each process, in the order of tests/conftest.py.
 test: install
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
+matrix: install
+	MATRIX=$(MATRIX) $(BIN)/python -m pytest tests/training/test_matrix.py -k every_objective
 
 # Over the other environment: the same torch and package, and a transformers of its own before them.
 $(VENV4)/.installed: $(VENV)/.installed

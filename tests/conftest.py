@@ -14,9 +14,11 @@ if WORKERS:
 LONGEST = (
     "training/test_trainer",
     "training/test_layouts",
+    "training/test_matrix",
     "training/test_fused_linear",
     "loss/test_attach_fused",
     "data/prepare/test_tokenise",
+    "training/test_heads",
     "training/test_data",
     "models/test_layouts",
     "convert/test_layouts",

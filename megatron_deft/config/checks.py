@@ -79,6 +79,17 @@ def _check_training(cfg: RunConfig) -> None:
         raise UserError(
             "checkpoint.export_hf=every_save, but nothing is saved: set train.save_every"
         )
+    if cfg.model.mtp_layers and cfg.lora.rank is not None:
+        raise UserError(
+            f"model.mtp_layers={cfg.model.mtp_layers} with lora.rank={cfg.lora.rank}: the heads "
+            "are new layers, and adapters alone are trained; set mtp_layers to 0, or rank to null"
+        )
+    if cfg.model.mtp_layers and cfg.reduction != "token":
+        raise UserError(
+            f"reduction={cfg.reduction} with model.mtp_layers={cfg.model.mtp_layers}: "
+            "megatron-core sums the losses of those heads over tokens; set reduction=token, or "
+            "mtp_layers to 0"
+        )
     data = cfg.data
     if train.val_every is not None and not (data.val_files or data.val_sets or data.split):
         raise UserError(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_deft.config.section import Section
-from megatron_deft.config.values import AT_LEAST_1, BELOW_1, NOT_EMPTY, key
+from megatron_deft.config.values import AT_LEAST_0, AT_LEAST_1, BELOW_1, NOT_EMPTY, key
 from megatron_deft.errors import UserError
 
 
@@ -33,6 +33,14 @@ class ModelConfig(Section):
         "activations kept for the backward pass: all, or each layer's input alone (less memory, "
         "about a third more compute)", "none"
     )  # fmt: skip
+
+    mtp_layers: int = key(
+        "heads of multi-token prediction, each a layer that predicts one token further, trained "
+        "with the same objective; new where the weights have none", 0, AT_LEAST_0
+    )  # fmt: skip
+    mtp_loss_weight: float = key(
+        "what the mean of their losses counts for beside the loss", 0.1, AT_LEAST_0
+    )
 
     def __post_init__(self) -> None:
         """One of load and hf."""

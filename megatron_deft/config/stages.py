@@ -38,7 +38,7 @@ def check_stages(parallel: ParallelConfig, num_layers: int | None) -> None:
     if num_layers is None:
         return
     stages = _given(parallel, num_layers, uneven) if given else _counted(parallel, num_layers)
-    for stage in stages:
+    for stage in sorted(stages):
         if stage % parallel.chunks:
             what = "layers" + "".join(f", {name} counted" for name in counted)
             raise UserError(
@@ -65,11 +65,11 @@ def _given(parallel: ParallelConfig, num_layers: int, uneven: str) -> set[int]:
     """Layers of the first and last stage as given, and of those between them."""
     ends = [size for name in GIVEN if (size := getattr(parallel, name))]
     rest, stages = num_layers - sum(ends), parallel.pipeline - len(ends)
-    if rest if stages == 0 else rest < stages or rest % stages:
-        legal = f"must be {num_layers}" if stages == 0 else f"must leave the {stages} other stages "
-        legal += "" if stages == 0 else "at least one layer each, and equally many"
+    what = f"{uneven} with parallel.pipeline={parallel.pipeline} and a model of {num_layers} layers"
+    if stages == 0 and rest:
+        raise UserError(f"{what}: together they must be {num_layers}")
+    if stages and (rest < stages or rest % stages):
         raise UserError(
-            f"{uneven} with parallel.pipeline={parallel.pipeline} and a model of {num_layers} "
-            f"layers: {'together they ' if stages == 0 else ''}{legal}"
+            f"{what}: must leave the {stages} other stages at least one layer each, equally many"
         )
     return {*ends, rest // stages} if stages else {*ends}

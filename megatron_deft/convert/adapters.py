@@ -112,6 +112,7 @@ class Merged:
                 "name the base they were trained on with --base"
             )
         self.parameters = self._base.parameters
+        self.has_heads = isinstance(self._base, StateSource) and self._base.has_heads
 
     def dtypes(self, parameter: Parameter) -> list[torch.dtype]:
         """See Source: the base's."""

@@ -28,7 +28,8 @@ def load_hf(
 
     Every rank calls it, with whatever parallel layout the process groups have; with a virtual
     pipeline, `model` is all of the rank's chunks. One whole parameter is in memory at a time. Rows
-    of vocabulary padding become zero. `progress`: show a bar on a terminal.
+    of vocabulary padding become zero; heads of multi-token prediction stay as they are.
+    `progress`: show a bar on a terminal.
     """
     chunks = [model] if isinstance(model, torch.nn.Module) else list(model)
     places = {
@@ -37,9 +38,9 @@ def load_hf(
         for slot in mapping.slots(parameter, source.spec)
     }
     parts = [(places[_place(part)], part) for chunk in chunks for part in _parts(chunk)]
-    filled = sum(part.data.numel() for _, part in parts)
-    named = [item for chunk in chunks for item in chunk.named_parameters()]
-    assert filled == sum(p.numel() for name, p in named if not is_adapter(name))
+    named = [pair for chunk in chunks for pair in chunk.named_parameters()]
+    wanted = sum(tensor.numel() for name, tensor in named if _is_of_source(name))
+    assert wanted == sum(part.data.numel() for _, part in parts)
     parts.sort(key=lambda pair: pair[0])  # the parts of one parameter follow each other
     with progress_bar("load", sum(part.data.nbytes for _, part in parts), progress) as bar:
         for number, group in groupby(parts, key=lambda pair: pair[0]):
@@ -48,14 +49,21 @@ def load_hf(
 
 def _parts(chunk: Any) -> list[Any]:
     """The ShardedTensors of a model; what megatron-core glues together (gate and up) is apart,
-    and adapters are none of the source's."""
+    and what the source does not have is left out."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-    found = chunk.sharded_state_dict()
-    state = {name: part for name, part in found.items() if not is_adapter(name)}
+    from megatron_deft.models.heads import chunk_state
+
+    state = {name: part for name, part in chunk_state(chunk).items() if _is_of_source(name)}
     apply_factories(state)
     return [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+
+
+def _is_of_source(name: str) -> bool:
+    from megatron_deft.models.heads import is_of_head
+
+    return not is_adapter(name) and not is_of_head(name, 0)
 
 
 def _place(part: Any) -> tuple[str, tuple[int, ...]]:

@@ -133,6 +133,8 @@ def export_hf(
     dtypes = {piece.dtype for piece in pieces}
     tokenizer.warn_of_none(folder / "hf", f"put the model's tokenizer files into {out}")
     logger.info("exporting %s to %s", folder, out)
+    if source.has_heads:
+        logger.warning("%s: its heads of multi-token prediction are left out", folder)
     total = sum(piece.bytes for piece in pieces)
     with (
         atomic_folder(

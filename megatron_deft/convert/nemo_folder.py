@@ -25,7 +25,7 @@ from megatron_deft.convert.hf_folder import some
 from megatron_deft.convert.mapping import Parameter, Slot
 from megatron_deft.convert.nemo_models import hf_config
 from megatron_deft.convert.safetensors_io import STORED_DTYPES
-from megatron_deft.convert.sources import OPTIMIZER_PREFIXES
+from megatron_deft.convert.sources import HEADS_PREFIX, OPTIMIZER_PREFIXES
 from megatron_deft.convert.state import StateReader
 from megatron_deft.convert.streams import Reached, nothing_follows
 from megatron_deft.errors import UserError
@@ -203,6 +203,11 @@ class State:
             raise UserError(
                 f"{folder} holds the adapter {some(adapters, 1)}: merge it into its base with "
                 "NeMo's llm.peft.merge_lora and name the merged folder"
+            )
+        if any(key.startswith(HEADS_PREFIX) for key in model):
+            raise UserError(
+                f"{folder} holds heads of multi-token prediction, which are not converted from or "
+                "to NeMo: export to Hugging Face, which leaves them out"
             )
         prefixes = [key.removesuffix(WORDS) for key in model if key.endswith(WORDS)]
         self._prefix = prefixes[0] if len(prefixes) == 1 else ""

@@ -23,6 +23,8 @@ from megatron_deft.models.families import ModelSpec, spec_from_hf
 
 # Tensors of a training checkpoint that belong to the optimizer and not to the model.
 OPTIMIZER_PREFIXES = ("optimizer.", "chained_")
+# Heads of multi-token prediction, for which no family here has a place.
+HEADS_PREFIX = "mtp."
 
 
 class Source(Protocol):
@@ -115,6 +117,11 @@ class StateSource:
         self._reader = StateReader(folder / "state", reached)
         self._slots = find_slots(folder, self.parameters, self.spec, self._reader.tensors)
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether it holds heads of multi-token prediction beside the model."""
+        return any(key.startswith(HEADS_PREFIX) for key in self._reader.tensors)
+
     def dtypes(self, parameter: Parameter) -> list[torch.dtype]:
         """See Source."""
         dtype = self._reader.tensors[self._slots[parameter].key].properties.dtype
@@ -138,7 +145,8 @@ def find_slots(
     }
     found = {parameter: slot for parameter, slot in slots.items() if slot is not None}
     missing = [p.megatron for p in parameters if p not in found]
-    unexpected = {key for key in stored if not key.startswith(OPTIMIZER_PREFIXES)}
+    apart = (*OPTIMIZER_PREFIXES, HEADS_PREFIX)
+    unexpected = {key for key in stored if not key.startswith(apart)}
     unexpected -= {slot.key for slot in found.values()}
     _require_none_left(folder / "state", missing, unexpected, spec)
     for parameter, slot in found.items():

@@ -302,24 +302,31 @@ def _data_offset(saved: Any) -> int:
     return record.header_offset + 30 + name + extra
 
 
-def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path) -> None:
+def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path) -> int:
     """Load FOLDER/state (`folder` is the state folder) into this rank's GPTModel, in its dtype.
 
     Every rank calls it, with whatever parallel layout the process groups have; with a virtual
-    pipeline, `model` is all of the rank's chunks. Rows of vocabulary padding become zero.
+    pipeline, `model` is all of the rank's chunks. Rows of vocabulary padding become zero. Heads of
+    multi-token prediction that the state does not hold stay as they are.
+    returns: how many of those heads it holds
     Errors: UserError when the folder holds a pickle that is not safe to read; megatron's
     CheckpointingException or KeyError when a parameter is missing or has another shape.
     """
     from megatron.core import dist_checkpointing
 
+    from megatron_deft.models.heads import chunk_state, count_heads, is_of_head
+
+    heads = count_heads(StateReader(Path(folder)).tensors)
+
+    def is_left_alone(key: str) -> bool:
+        # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none. Adapters
+        # begin at zero, or come from a checkpoint of their own.
+        return key.endswith("_extra_state") or is_adapter(key) or is_of_head(key, heads)
+
     chunks = [model] if isinstance(model, torch.nn.Module) else model
-    # TransformerEngine's fp8 bookkeeping: empty here, and an imported state has none. Adapters
-    # begin at zero, or come from a checkpoint of their own.
     wanted = {
         f"model{i}": {
-            key: value
-            for key, value in chunk.sharded_state_dict().items()  # type: ignore[operator]
-            if not key.endswith("_extra_state") and not is_adapter(key)
+            key: value for key, value in chunk_state(chunk).items() if not is_left_alone(key)
         }
         for i, chunk in enumerate(chunks)
     }
@@ -328,10 +335,7 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
     loaded = dist_checkpointing.load(wanted, str(folder))
     for i, chunk in enumerate(chunks):
         result = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
-        missing = [
-            key
-            for key in result.missing_keys
-            if not key.endswith("_extra_state") and not is_adapter(key)
-        ]
+        missing = [key for key in result.missing_keys if not is_left_alone(key)]
         assert not missing, missing
         assert not result.unexpected_keys, result.unexpected_keys
+    return heads

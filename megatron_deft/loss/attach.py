@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_deft.errors import UserError
 from megatron_deft.loss.inputs import check_numbers, obstacle_to_single_read
 from megatron_deft.loss.output_layer import ROUTE, Route, is_small, obstacle_to_fused_linear
+from megatron_deft.loss.prediction_heads import SHIFT, HeadLabels, has_heads
 from megatron_deft.loss.statistics import TokenStatistics
 from megatron_deft.loss.vocab_parallel import token_loss
 from megatron_deft.objectives import Objective, parse
@@ -37,6 +38,8 @@ class Attachment:
                  not ignored, to be set before its forward by whoever has them on the host; the rest
                  then costs nothing. None: every token is computed (the CPU counts by itself)
     path:        what the loss is made from, in words
+    heads:       of the last loss computed, of each head of multi-token prediction: its loss and its
+                 kept tokens, [b, s] each; its labels lie one place further than the head's before
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -44,6 +47,7 @@ class Attachment:
         self.statistics: TokenStatistics | None = None
         self.kept_tokens: int | None = None
         self.path = "logits"
+        self.heads: list[tuple[Tensor, Tensor]] = []
         self._hooks: list[tuple[nn.Module, MethodType]] = []
 
     def detach(self) -> None:
@@ -51,7 +55,7 @@ class Attachment:
         for module, hook in self._hooks:
             if vars(module).get(HOOKED) is hook:
                 delattr(module, HOOKED)
-                _close_route(module)
+                _close_hooks(module)
         self._hooks.clear()
 
 
@@ -86,8 +90,8 @@ def attach(
 
     The model's forward(labels=...) then returns the objective's loss [b, s] fp32, 0 where the label
     is ignored; inference and labels=None are unchanged. Attaching again replaces the objective.
-    Multi-token prediction: megatron-core fills the label it rolls in with 0 and masks its loss
-    afterwards, so that token of each head counts in the batch mean of `cayley`.
+    Multi-token prediction: the heads' losses are of the same objective; labels that would lie
+    beyond the end are ignored.
     Errors: UserError when no module of `model` is a LanguageModule, vocab_size does not fit, or
     fused_linear=True meets an output layer that it does not know.
     """
@@ -127,19 +131,22 @@ def attach(
         )
     loss = _hook(attachment, vocab_size, ignore_index, inplace_backward, grad_in_forward)
     for module in modules.values():
-        _close_route(module)
+        _close_hooks(module)
         hook = MethodType(loss, module)
         setattr(module, HOOKED, hook)
         attachment._hooks.append((module, hook))
+        if has_heads(module):
+            setattr(module, SHIFT, HeadLabels(module, ignore_index))
         has_head = getattr(module, "output_layer", None) is not None
         if is_fused and has_head:
             setattr(module, ROUTE, Route(module, chunk_tokens))
     return attachment
 
 
-def _close_route(module: nn.Module) -> None:
-    if (route := vars(module).pop(ROUTE, None)) is not None:
-        route.close()
+def _close_hooks(module: nn.Module) -> None:
+    for name in (ROUTE, SHIFT):
+        if (hooks := vars(module).pop(name, None)) is not None:
+            hooks.close()
 
 
 def _hook(
@@ -152,6 +159,9 @@ def _hook(
     def compute_language_model_loss(self: Any, labels: Tensor, logits: Tensor) -> Tensor:
         """Labels [b, s], logits [s, b, V_local] -> loss [b, s] fp32."""
         group = _tensor_group(self)
+        shift: HeadLabels | None = vars(self).get(SHIFT)
+        if shift is not None:
+            labels = shift.lower(labels)
         common: dict[str, Any] = {
             "group": group,
             "vocab_size": vocab_size,
@@ -165,9 +175,9 @@ def _hook(
                 labels.transpose(0, 1),
                 attachment.objective,
                 **common,
-                kept_tokens=None if _has_mtp(self) else attachment.kept_tokens,
+                kept_tokens=None if has_heads(self) else attachment.kept_tokens,
             )
-            return remember(loss, statistics)
+            return remember(loss, statistics, shift)
         padded = getattr(self, "vocab_size", None)
         if padded is not None and logits.shape[-1] * group.size() != padded:
             raise UserError(
@@ -189,13 +199,17 @@ def _hook(
             grad_in_forward=pays if grad_in_forward is None else grad_in_forward,
             return_stats=True,
         )
-        return remember(loss, statistics)
+        return remember(loss, statistics, shift)
 
-    def remember(loss: Tensor, statistics: TokenStatistics) -> Tensor:
+    def remember(loss: Tensor, statistics: TokenStatistics, shift: HeadLabels | None) -> Tensor:
         attachment.statistics = TokenStatistics(
             **{name: value.transpose(0, 1) for name, value in vars(statistics).items()}
         )
-        return loss.transpose(0, 1).contiguous()
+        loss = loss.transpose(0, 1).contiguous()
+        if shift is not None:
+            attachment.heads = list(shift.losses)  # this one is the main head's, if no more come
+            shift.losses.append((loss.detach(), attachment.statistics.keep))
+        return loss
 
     return compute_language_model_loss
 
@@ -211,11 +225,7 @@ def _tensor_group(module: Any) -> ProcessGroup:
 
 def _has_unit_upstream(module: Any) -> bool:
     """Whether megatron-core sums the losses, and does not scale them as it does MTP heads'."""
-    return bool(module.config.calculate_per_token_loss) and not _has_mtp(module)
-
-
-def _has_mtp(module: Any) -> bool:
-    return bool(getattr(module.config, "mtp_num_layers", None))
+    return bool(module.config.calculate_per_token_loss) and not has_heads(module)
 
 
 def _batch_group(objective: Objective) -> ProcessGroup | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_deft.errors import UserError
 from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.heads import head_spec
 from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
 from megatron_deft.platform import device
@@ -60,6 +61,8 @@ def transformer_config(
     recompute: str = "none",
     attention_dropout: float = 0.0,
     hidden_dropout: float = 0.0,
+    mtp_layers: int = 0,
+    mtp_loss_weight: float = 0.1,
     calculate_per_token_loss: bool = False,
     deterministic: bool = False,
     perform_initialization: bool = True,
@@ -80,6 +83,8 @@ def transformer_config(
         dtype: "fp32" or "bf16", of parameters, activations and what pipeline stages send.
         recompute: "none", or "full" to keep only each layer's input for the backward pass.
         attention_dropout, hidden_dropout: probabilities in training mode.
+        mtp_layers, mtp_loss_weight: heads of multi-token prediction (models/heads.py), and what the
+            mean of their losses counts for beside the loss.
         calculate_per_token_loss: the loss function returns (sum, number of tokens), and gradients
             are divided by the number over all micro-batches and data-parallel ranks.
         deterministic: prefer operations that repeat bit by bit.
@@ -106,7 +111,7 @@ def transformer_config(
         activation_func=ACTIVATIONS[spec.activation],
         gated_linear_unit=True,
         rotary_interleaved=spec.rotary_interleaved,
-        **_window(spec),
+        **_window(spec, mtp_layers),
         **_experts(spec, expert, expert_tensor or tensor),
         add_bias_linear=False,  # attention_out_bias and mlp_bias are in the layer spec
         add_qkv_bias=spec.qkv_bias,
@@ -135,6 +140,8 @@ def transformer_config(
         # The interleaved schedule has to be called with the length: it sends while it computes.
         variable_seq_lengths=pipeline > 1 and virtual is None,
         moe_token_dispatcher_type="alltoall",  # what the check of the line above insists on
+        mtp_num_layers=mtp_layers or None,
+        mtp_loss_scaling_factor=mtp_loss_weight,
         cuda_graph_scope=[],  # the default is deprecated and says so for every config
         # A stage's output has been sent on; only its graph is needed for the backward pass. The
         # interleaved schedule would free it before it has waited for the send.
@@ -166,11 +173,12 @@ def _check_context_comm(spec: ModelSpec, context_comm: str | None) -> None:
         )
 
 
-def _window(spec: ModelSpec) -> dict[str, Any]:
+def _window(spec: ModelSpec, mtp_layers: int) -> dict[str, Any]:
     """config.window_size counts the tokens before; the list marks the layers that have it."""
     if spec.window is None:
         return {}
     layers = [int(i in spec.window_layers) for i in range(spec.num_layers)]
+    layers += layers[-1:] * mtp_layers  # whose numbers follow
     return {"window_size": (spec.window - 1, 0), "window_attn_skip_freq": layers}
 
 
@@ -238,11 +246,16 @@ def build_model(
         position_embedding_type="rope",
         rotary_percent=spec.rotary_fraction,
         rotary_base=spec.rope_theta,
+        mtp_block_spec=head_spec(tcfg, spec, vp_stage) if post_process else None,
         vp_stage=vp_stage,
     )
     # A plain attribute, not a buffer: neither .to(bfloat16) nor a checkpoint touches it.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(device())
-    if pre_process and spec.embedding_scale != 1:
+    if model.mtp_process and spec.tied_embeddings and not pre_process:
+        # megatron-core gives it one, never uses it, and would not find a place to save it
+        model.output_layer.register_parameter("weight", None)
+    # heads bring a copy of the embedding to the last stage
+    if (pre_process or model.mtp_process) and spec.embedding_scale != 1:
         model.embedding.register_forward_hook(_Scale(spec.embedding_scale))
     if post_process and spec.logits_softcap is not None:
         # here: conversion builds models too, and has no use for the loss and its kernels

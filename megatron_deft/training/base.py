@@ -22,7 +22,8 @@ class Base:
     license: the metadata of the model card that say under which licence it is
     folder:  with the weights
     files:   folder with config.json and the tokenizer
-    load:    fills the GPTModel chunks of this rank; every rank calls it
+    load:    fills the GPTModel chunks of this rank; every rank calls it. Returns how many heads of
+             multi-token prediction the model has; further ones of the chunks stay as they are
     """
 
     key: str
@@ -31,7 +32,7 @@ class Base:
     license: Mapping[str, Any] | None
     folder: Path
     files: Path
-    load: Callable[[Sequence[Any]], None]
+    load: Callable[[Sequence[Any]], int]
 
 
 def read_base(model: ModelConfig) -> Base:
@@ -65,12 +66,12 @@ def _weights(load: str) -> Base:
     return Base(key, spec, name, licence, folder, folder / "hf", fill)
 
 
-def _load_weights(folder: Path, chunks: Sequence[Any]) -> None:
+def _load_weights(folder: Path, chunks: Sequence[Any]) -> int:
     from megatron_deft.convert.state import load_model
     from megatron_deft.training import checkpointing
 
     checkpointing.check(folder, "model.load")
-    load_model(chunks, folder / "state")
+    return load_model(chunks, folder / "state")
 
 
 def _hugging_face(hf: str) -> Base:
@@ -88,9 +89,10 @@ def _hugging_face(hf: str) -> Base:
     return Base(f"model.hf={hf}", source.spec, name, licence, folder, folder, load)
 
 
-def _load_hf(source: Any, chunks: Sequence[Any]) -> None:
+def _load_hf(source: Any, chunks: Sequence[Any]) -> int:
     import torch.distributed as dist
 
     from megatron_deft.convert.direct import load_hf
 
     load_hf(chunks, source, progress=dist.get_rank() == 0)
+    return 0

@@ -27,6 +27,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.hashing import hash_files
 from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.heads import chunk_state
 from megatron_deft.training.exports import FOLDER as EXPORTS
 from megatron_deft.training.optimizer import restore, sharded_state, steps
 
@@ -136,7 +137,7 @@ def _from_rank_0(value: Any) -> Any:
 
 def _model_state(model: Sequence[GPTModel]) -> dict[str, Any]:
     """The parameters that are trained: all, or adapters alone."""
-    states = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(model)}
+    states = {f"model{i}": chunk_state(chunk) for i, chunk in enumerate(model)}
     return {name: adapters_alone(state) or state for name, state in states.items()}
 
 
@@ -232,6 +233,12 @@ def load(
         raise UserError(
             f"parallel.distributed_optimizer={cfg.parallel.distributed_optimizer}, but {folder} "
             f"was saved with {saved}: set it so, or start anew from its weights with model.load"
+        )
+    heads = manifest["config"]["model"].get("mtp_layers", 0)
+    if heads != cfg.model.mtp_layers:
+        raise UserError(
+            f"model.mtp_layers={cfg.model.mtp_layers}, but {folder} was saved with {heads}: set it "
+            "so, or start anew from its weights with model.load"
         )
     state = _model_state(model)
     # Under a key that no checkpoint has: what older ones hold of parameter groups stays apart.

@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_deft.config import RunConfig
 from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
+from megatron_deft.models.heads import initialize_heads
 from megatron_deft.models.lora import train_adapters_alone
 from megatron_deft.training.adapters import adapters_of
 
@@ -35,6 +36,8 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         recompute=cfg.model.recompute,
         attention_dropout=cfg.model.attention_dropout,
         hidden_dropout=cfg.model.hidden_dropout,
+        mtp_layers=cfg.model.mtp_layers,
+        mtp_loss_weight=cfg.model.mtp_loss_weight,
         # The loss function returns numerator and denominator; megatron-core divides the
         # gradient by the sum of denominators over micro-batches and data-parallel ranks.
         calculate_per_token_loss=True,
@@ -51,6 +54,21 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         for chunk in chunks:
             train_adapters_alone(chunk, cfg.seed)
     return chunks
+
+
+def prepare_heads(cfg: RunConfig, chunks: Sequence[GPTModel], base: str, found: int) -> str:
+    """Draw the heads of multi-token prediction that `base`, which has `found`, did not bring.
+
+    returns: what is new or left out, in words; "" if nothing
+    """
+    wanted, what = cfg.model.mtp_layers, "heads of multi-token prediction"
+    if wanted > found:
+        initialize_heads(chunks, cfg.seed, first=found)
+        return f"{wanted - found} of {wanted} {what} are new: {base} has {found or 'none'}"
+    if found > wanted:
+        left = f"{found - wanted} of {found} {what} of {base} are left out"
+        return f"{left}: model.mtp_layers={wanted}"
+    return ""
 
 
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:

@@ -1,7 +1,7 @@
 """What is logged of a step: sums over exactly the tokens of the loss, then their means."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,22 +60,37 @@ def _binned(places: Tensor, bins: int, values: Tensor) -> Tensor:
     return values.new_zeros(bins).index_add(0, places.flatten(), values.flatten())
 
 
-def sums_size(landscape: bool) -> int:
-    """How many numbers `token_sums` returns."""
-    return _STEP_SUMS + (2 * math.prod(LANDSCAPE_BINS) if landscape else 0)
+def head_sums(heads: Sequence[tuple[Tensor, Tensor]], weights: Iterable[Tensor]) -> Tensor:
+    """Of each head of multi-token prediction the sum of its losses and of their weights: fp64
+    [2 * heads].
+
+    heads: loss and kept tokens of each, [b, s]; weights: of each head's labels, [b, s]
+    """
+    sums = []
+    for (loss, keep), weight in zip(heads, weights, strict=True):
+        weight = weight.double().where(keep, 0.0)
+        sums += [(loss * weight).sum(), weight.sum()]
+    return torch.stack(sums)
+
+
+def sums_size(landscape: bool, heads: int = 0) -> int:
+    """How many numbers `token_sums` and `head_sums` return."""
+    return _STEP_SUMS + (2 * math.prod(LANDSCAPE_BINS) if landscape else 0) + 2 * heads
 
 
 def reduce_sums(
-    parts: Iterable[Mapping[str, Any]], landscape: bool, flags: Tensor
+    parts: Iterable[Mapping[str, Any]], size: int, flags: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The sums of all micro-batches, and of each flag the ranks that raise it, on every rank.
 
     One all-reduce over the world: what every rank must know of a step costs nothing beside it.
 
-    parts: what the schedule collected, {"sums": token_sums(...)} each; empty but on the last stage
+    parts: what the schedule collected, {"sums": token_sums(...), then head_sums(...)} each; empty
+        but on the last stage
+    size: of those sums
     flags: this rank's, [n], not zero where raised
     """
-    total = flags.new_zeros(sums_size(landscape), dtype=torch.float64)
+    total = flags.new_zeros(size, dtype=torch.float64)
     # tensor-parallel ranks saw the same tokens
     if parallel_state.get_tensor_model_parallel_rank() == 0:
         for part in parts:
@@ -86,8 +101,9 @@ def reduce_sums(
     return sums, raised
 
 
-def means(total: Tensor) -> dict[str, float]:
-    """Sums -> the metrics of a step: loss, kept_tokens, METRICS, gate_histogram_*, p_histogram_*.
+def means(total: Tensor, heads: int = 0) -> dict[str, float]:
+    """Sums -> the metrics of a step: loss, kept_tokens, METRICS, gate_histogram_*, p_histogram_*,
+    and mtp_1_loss, ... where there are heads of multi-token prediction.
 
     METRICS and the histograms, the share of kept tokens per bin, count a token by its weight.
     Without a kept token every mean is nan: a 0 would look like a perfect model.
@@ -102,6 +118,8 @@ def means(total: Tensor) -> dict[str, float]:
     counts = iter(numbers[len(SUMS) :])
     for name, bins in HISTOGRAMS.items():
         metrics |= {f"{name}_histogram_{i}": next(counts) * per_token for i in range(bins)}
+    for i, (losses, count) in enumerate(total[len(total) - 2 * heads :].view(-1, 2).tolist()):
+        metrics[f"mtp_{i + 1}_loss"] = losses / count if count else math.nan
     return metrics
 
 
@@ -115,7 +133,8 @@ def landscape(total: Tensor, vocab_size: int) -> Landscape:
     of |gate| * (1 - p); None for a sum that is not finite. Zeros at the end of a row, which are
     most of them, are left out.
     """
-    tables = total[_STEP_SUMS:].view(2, *LANDSCAPE_BINS).tolist()
+    cells = total[_STEP_SUMS : sums_size(landscape=True)]
+    tables = cells.view(2, *LANDSCAPE_BINS).tolist()
     tokens, gate_error = ([_short(row) for row in table] for table in tables)
     sizes = {"vocab_size": vocab_size, "entropy_bins": LANDSCAPE_BINS[1]}
     return sizes | {"tokens": tokens, "gate_error": gate_error}

@@ -13,9 +13,10 @@ from torch import Tensor
 from megatron_deft.data.batches import Batch, to_device
 from megatron_deft.loss.attach import Attachment
 from megatron_deft.loss.reduction import reduce_loss
-from megatron_deft.models.packed import packed_seq_params
+from megatron_deft.models.heads import rolled
+from megatron_deft.models.packed import PackedParams, packed_seq_params
 from megatron_deft.platform import device
-from megatron_deft.training.statistics import token_sums
+from megatron_deft.training.statistics import head_sums, token_sums
 
 
 class StepDenominator:
@@ -52,7 +53,9 @@ def forward_step(
     landscape_vocab: the vocabulary's size, to sum the landscape too (see token_sums).
     """
 
-    def loss_function(batch: Batch, loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def loss_function(
+        batch: Batch, packed: PackedParams | None, loss: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         statistics = attachment.statistics
         assert statistics is not None
         context = parallel_state.get_context_parallel_group()
@@ -71,17 +74,21 @@ def forward_step(
             mine = has_labels / context.size()
         denominator.total += mine
         sums = token_sums(statistics, numerator, mine, batch["weights"], landscape_vocab)
+        if heads := attachment.heads:
+            weights = rolled(batch["weights"], len(heads), packed)
+            sums = torch.cat([sums, head_sums(heads, weights)])
         return numerator, torch.ones((), dtype=torch.int, device=loss.device), {"sums": sums}
 
     def run(batches: Iterator[Batch], model: torch.nn.Module) -> tuple[Tensor, Any]:
         on_host = next(batches)
         attachment.kept_tokens = int((on_host["labels"] >= 0).sum())
         batch = to_device(on_host, device())
+        packed = packed_seq_params(batch)
         output = model(
             batch["tokens"], batch["position_ids"], None, labels=batch["labels"],
-            loss_mask=(batch["labels"] >= 0).float(),
-            packed_seq_params=packed_seq_params(batch),
+            loss_mask=batch["weights"],  # of the heads of multi-token prediction alone
+            packed_seq_params=packed,
         )  # fmt: skip
-        return output, partial(loss_function, batch)
+        return output, partial(loss_function, batch, packed)
 
     return run

@@ -28,7 +28,12 @@ from megatron_deft.training.data import open_data, share_of_rank
 from megatron_deft.training.exports import Exports
 from megatron_deft.training.hang import SLOW, HangWatch
 from megatron_deft.training.metrics import MetricsLog, progress_line
-from megatron_deft.training.model import build_chunks, complete_parameters, wrap_chunks
+from megatron_deft.training.model import (
+    build_chunks,
+    complete_parameters,
+    prepare_heads,
+    wrap_chunks,
+)
 from megatron_deft.training.optimizer import (
     build_optimizer,
     bytes_to_save,
@@ -41,7 +46,7 @@ from megatron_deft.training.samples import first_sample, load_tokenizer
 from megatron_deft.training.saving import Companions, Saver, little_room
 from megatron_deft.training.schedule import learning_rate
 from megatron_deft.training.spikes import Spikes, recent_losses
-from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums
+from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums, sums_size
 from megatron_deft.training.step import StepDenominator, forward_step
 from megatron_deft.training.throughput import peak_tflops, throughput
 
@@ -82,7 +87,9 @@ class Trainer:
                 say(f"warning: {note}")
         self.model = build_chunks(cfg, spec)
         if resume is None or self.adapter is not None:
-            base.load(self.model)
+            found = base.load(self.model)
+            if note := prepare_heads(cfg, self.model, base.key, found):
+                say(note)
         self.ddp = wrap_chunks(cfg, self.model)
         self.attachment = attach(
             self.ddp,
@@ -236,9 +243,11 @@ class Trainer:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         vocab_size = self.spec.vocab_size if self._has_landscape(number) else None
+        heads = cfg.model.mtp_layers
         parts = self._forward_backward(work, forward_only=False, landscape_vocab=vocab_size)
-        total, raised = reduce_sums(parts, vocab_size is not None, self._flags())
-        metrics = means(total)
+        size = sums_size(vocab_size is not None, heads)
+        total, raised = reduce_sums(parts, size, self._flags())
+        metrics = means(total, heads)
         self.landscape = None if vocab_size is None else landscape(total, vocab_size)
         has_bad_gradient, *reasons = raised.tolist()
         if number < data.total_steps:
@@ -303,12 +312,12 @@ class Trainer:
             chunk.eval()
         total = torch.zeros((), dtype=torch.float64)
         batches = full_pass(self.data.val_rows, self.cfg.train.global_batch)
-        no_flags = torch.zeros(0, device=device())
+        no_flags, heads = torch.zeros(0, device=device()), self.cfg.model.mtp_layers
         for work in self._load(self.data.val, batches):
             parts = self._forward_backward(work, forward_only=True)
-            total = total + reduce_sums(parts, False, no_flags)[0].cpu()
+            total = total + reduce_sums(parts, sums_size(False, heads), no_flags)[0].cpu()
             self.watch.progress()
-        return {f"val_{name}": value for name, value in means(total).items()
+        return {f"val_{name}": value for name, value in means(total, heads).items()
                 if "_histogram_" not in name}  # fmt: skip
 
     def _load(self, rows: Rows, batches: Iterable[Indices]) -> Iterator[Step]:

@@ -180,14 +180,19 @@ def with_mtp(rank: int, world: int) -> tuple[Tensor, Tensor]:
     mask = (labels >= 0).float()
     loss = model(tokens, positions, None, labels=labels, loss_mask=mask)
     assert len(seen) == 2  # the MTP head, then the main one
-    mtp_labels, mtp_logits = seen[0]
-    assert torch.equal(mtp_labels[:, :-1], labels[:, 1:])
+    raised, mtp_logits = seen[0]
+    # one higher on their way, and nothing where there is no label, beyond the end either
+    mtp_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.equal(raised, (mtp_labels + 1).clamp(min=0))
     parameter = model.mtp.layers[0].eh_proj.weight
     rolled = torch.nn.functional.pad(mask[:, 1:], (0, 1))
     by_hand = (token_loss(mtp_logits, mtp_labels.t(), "dft", vocab_size=VOCAB) * rolled.t()).sum()
     (want,) = torch.autograd.grad(by_hand, parameter, retain_graph=True)
     assert attachment.statistics is not None
     assert torch.equal(attachment.statistics.valid, labels >= 0)
+    ((head, kept),) = attachment.heads
+    assert torch.equal(kept, mtp_labels >= 0)
+    torch.testing.assert_close((head * rolled).sum(), by_hand.detach())
     loss.sum().backward()
     return parameter.grad, want
 

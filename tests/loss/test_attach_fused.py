@@ -192,6 +192,9 @@ def with_mtp(rank: int, world: int) -> None:
         assert torch.equal(attachment.statistics.valid, labels >= 0)
         loss.sum().backward()
         results.append((loss, gradients(model)))
+        assert [bool(kept.any()) for _, kept in attachment.heads] == [True, True]
+        attachment.detach()
+        assert not model._forward_pre_hooks
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-5, atol=1e-6)
     assert results[0][1]["mtp.layers.1.eh_proj.weight"].abs().max() > 0
     for name, want in results[0][1].items():

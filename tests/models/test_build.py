@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from megatron_deft.errors import UserError
+from megatron_deft.models import build
 from megatron_deft.models.attention import TorchAttention
 from megatron_deft.models.build import build_model, padded_vocab, transformer_config
 from megatron_deft.models.families import ModelSpec, spec_from_hf
@@ -233,6 +236,23 @@ def test_attention_refuses_by_name_what_it_cannot_do() -> None:
     ):
         with pytest.raises(NotImplementedError, match=name):
             call()
+
+
+@pytest.mark.parametrize("comm", ["p2p", "a2a"])
+def test_ways_of_sharing_a_sequence_that_need_transformer_engine(
+    comm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(comm: str, **changes: Any) -> Any:
+        spec = replace(spec_from_hf(CONFIGS["gqa"].to_dict()), **changes)
+        return transformer_config(spec, context=2, context_comm=comm).cp_comm_type
+
+    with pytest.raises(UserError, match=rf"context_comm={comm} needs TransformerEngine"):
+        config(comm)
+    assert config("all_gather") == "all_gather"
+    monkeypatch.setattr(build, "has_transformer_engine", lambda: True)
+    assert config(comm) == comm
+    with pytest.raises(UserError, match="without a cap on its scores"):
+        config(comm, attention_softcap=2.0)
 
 
 def test_building_warns_of_nothing() -> None:

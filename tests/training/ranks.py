@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_deft import platform
 from megatron_deft.config import RunConfig, load_config
+from megatron_deft.errors import UserError
 from megatron_deft.training.base import read_base
 from megatron_deft.training.run import initialize, run
 
@@ -82,3 +83,25 @@ def _move(cfg: RunConfig, world: int) -> set[int]:
         return seen
     finally:
         platform.shutdown()
+
+
+def train_groups(rank: int, world: int, groups: list[list[RunConfig]]) -> dict[str, str]:
+    """Train runs of one model and layout after another in process groups that they share.
+
+    returns: the error of each run that is refused, by its run_dir
+    """
+    os.environ["WORLD_SIZE"] = str(world)
+    refused = {}
+    for configs in groups:
+        base = read_base(configs[0].model)
+        initialize(configs[0])
+        from megatron_deft.training.trainer import Trainer
+
+        for cfg in configs:
+            try:
+                cfg.validate(world, base.spec)
+                Trainer(cfg, base).run()
+            except UserError as error:
+                refused[cfg.run_dir] = str(error)
+        platform.shutdown()
+    return refused

@@ -1,62 +1,51 @@
 """Runs with experts and virtual pipelines: one process's numbers, and state that moves exactly."""
 
-import shutil
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
 from megatron_deft.checkpoint_folder import read_manifest
-from megatron_deft.convert.hf import export_hf, import_hf
+from megatron_deft.convert.hf import export_hf
 from megatron_deft.convert.mapping import Slot
 from megatron_deft.convert.state import StateReader
-from tests.convert.tiny_models import COMMON, assert_same_tensors, make, tensors
+from megatron_deft.loss.metrics import METRICS
+from tests.convert.tiny_models import assert_same_tensors, tensors
 from tests.distributed import run_ranks
+from tests.training.layouts import (
+    BF16,
+    COUNTED,
+    CP2,
+    DROPOUT,
+    EMBEDDING,
+    EP2,
+    EP4,
+    ETP1,
+    FIRST,
+    FUSED,
+    GATHER,
+    LAST,
+    LOSS,
+    MODELS,
+    MTP,
+    OVERLAP,
+    PACKED,
+    PLAIN,
+    PP2,
+    PP3,
+    RECOMPUTE,
+    SEQUENCE,
+    STILL,
+    TP2,
+    VPP2,
+    Keys,
+    make_models,
+)
 from tests.training.ranks import config, metrics, move, train_all
 
-SHAPE: dict[str, Any] = {**COMMON, "vocab_size": 301, "num_key_value_heads": 2}
-MODELS: dict[str, PretrainedConfig] = {
-    "dense": LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    # no experts on the second of two pipeline stages
-    "experts": Qwen3MoeConfig(
-        **SHAPE,
-        moe_intermediate_size=24,
-        num_experts=4,
-        num_experts_per_tok=2,
-        norm_topk_prob=True,
-        mlp_only_layers=[2, 3],
-    ),
-    # stages of several lengths
-    "five": LlamaConfig(**SHAPE | {"num_hidden_layers": 5}, tie_word_embeddings=True),
-    "six": LlamaConfig(**SHAPE | {"num_hidden_layers": 6}, tie_word_embeddings=False),
-}
 RANKS = 4
-Keys = dict[str, Any]
-TP2: Keys = {"parallel.tensor": 2}
-SEQUENCE: Keys = {**TP2, "parallel.sequence": "true"}
-PP2: Keys = {"parallel.pipeline": 2}
-PP3: Keys = {"parallel.pipeline": 3}
-VPP2: Keys = {**PP2, "parallel.virtual_pipeline": 2}
-EP2: Keys = {"parallel.expert": 2}
-EP4: Keys = {"parallel.expert": 4}
-PLAIN: Keys = {"parallel.distributed_optimizer": "false"}
-OVERLAP: Keys = {"parallel.overlap_grad_reduce": "true"}
-BF16: Keys = {"model.dtype": "bf16"}
-DROPOUT: Keys = {"model.hidden_dropout": 0.1, "model.attention_dropout": 0.1}
-STILL: Keys = {"optim.lr": 1e-30}  # too small to change a bit of a weight
-PACKED: Keys = {"data.pack": "true", "data.max_length": 128}
-FUSED: Keys = {"loss.fused_linear": "true", "loss.chunk_tokens": 3}
-CP2: Keys = {"parallel.context": 2}
-GATHER: Keys = {**OVERLAP, "parallel.overlap_param_gather": "true"}
-ETP1: Keys = {**SEQUENCE, "parallel.expert_tensor": 1}
-EMBEDDING: Keys = {"parallel.account_for_embedding": "true"}
-LOSS: Keys = {"parallel.account_for_loss": "true"}
-COUNTED = EMBEDDING | LOSS
-FIRST = "parallel.first_stage_layers"
-LAST = "parallel.last_stage_layers"
 OTHER_NUMBERS = {*BF16, *DROPOUT, *STILL}  # than one process's
 # Four micro-batches per rank where there are two data-parallel ranks, two where there are four.
 COMMON_KEYS: Keys = {"train.global_batch": 16, "train.save_every": 1, "optim.warmup_ratio": 0}
@@ -73,7 +62,8 @@ class Run(NamedTuple):
     @property
     def form(self) -> str:
         """What the run in one process that it equals is called."""
-        return f"{self.model} whole packed" if "data.pack" in self.keys else f"{self.model} whole"
+        forms = {"packed": "data.pack", "heads": "model.mtp_layers"}
+        return " ".join([self.model, "whole", *(n for n, key in forms.items() if key in self.keys)])
 
 
 RUNS: dict[str, Run] = {
@@ -98,6 +88,13 @@ RUNS: dict[str, Run] = {
     "experts PP2 EP2 gather": Run("experts", PP2 | EP2 | GATHER),
     "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4, (ETP1 | EP4, {})),
     "experts TP2 ETP1 EP2": Run("experts", ETP1 | EP2),
+    "dense TP2 sequence heads": Run("dense", SEQUENCE | MTP | RECOMPUTE, (PP2 | TP2,)),
+    "dense PP2 heads packed": Run("dense", PP2 | MTP | PACKED | FUSED, (TP2,)),
+    "dense CP2 heads": Run("dense", CP2 | MTP),
+    "six VPP2 heads": Run("six", VPP2 | COUNTED | MTP | GATHER, ({},)),
+    "experts PP2 EP2 plain heads": Run("experts", PP2 | EP2 | MTP | PLAIN, (SEQUENCE | EP2,)),
+    "two PP4 empty ends": Run("two", {"parallel.pipeline": 4} | COUNTED, ({},)),
+    "two PP4 empty ends heads": Run("two", {"parallel.pipeline": 4} | COUNTED | MTP, (TP2,)),
     "experts VPP2 EP2 still": Run("experts", VPP2 | EP2 | STILL),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
@@ -105,16 +102,9 @@ HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(
 
 @pytest.fixture(scope="module")
 def root(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with val.jsonl, and of every model MODEL/train.jsonl, MODEL/hf, MODEL/megatron."""
+    """See make_models."""
     root = tmp_path_factory.mktemp("layouts")
-    shutil.copy(base / "val.jsonl", root)
-    for name, model in MODELS.items():
-        hf = make(root / name / "hf", model)
-        for file in (base / "hf").iterdir():
-            if not (hf / file.name).exists() and file.suffix != ".safetensors":
-                shutil.copy(file, hf)
-        shutil.copy(base / "train.jsonl", root / name)
-        import_hf(hf, root / name / "megatron", verify=False)
+    make_models(base, root, *MODELS)
     return root
 
 
@@ -135,13 +125,17 @@ def curve(run_dir: Path) -> list[tuple[float, float]]:
     return [(line["loss"], line["grad_norm"]) for line in metrics(run_dir)]
 
 
+def only(keys: Keys, *names: str) -> Keys:
+    return {key: value for key, value in keys.items() if key in names}
+
+
 @pytest.fixture(scope="module")
 def trained(root: Path) -> Path:
     """The folder of RUNS, and of every MODEL in one process."""
     keys = {**COMMON_KEYS, "train.steps": 3, "data.val_files": f"[{root / 'val.jsonl'}]"}
     forms = {run.form: run for run in RUNS.values()} | {f"{m} whole": Run(m, {}) for m in MODELS}
     whole = [
-        config(root / run.model, root / form, **keys, **(PACKED if "packed" in form else {}))
+        config(root / run.model, root / form, **keys, **only(run.keys, *PACKED, *MTP))
         for form, run in forms.items()
     ]
     run_ranks(1, train_all, whole)
@@ -166,9 +160,8 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
     configs = {}
     for name, number in HOPS:
         run = RUNS[name]
-        stays = (*PLAIN, *BF16, *DROPOUT, *PACKED)
-        layout = {key: value for key, value in run.keys.items() if key in stays}
-        layout |= run.hops[number - 1]
+        stays = (*PLAIN, *BF16, *DROPOUT, *PACKED, *MTP)
+        layout = only(run.keys, *stays) | run.hops[number - 1]
         start = step_folder(moved_to(trained, name, number - 1), 2)
         keys = {**COMMON_KEYS, "train.steps": 3, "train.save_at_end": "false"}
         keys |= {"train.save_every": "null", "train.resume": start}
@@ -189,6 +182,12 @@ def test_a_layout_trains_as_one_process(trained: Path, name: str) -> None:
     assert curve(split)[0] == pytest.approx(losses[0], rel=1e-5)
     for got, want in zip(curve(split), losses, strict=True):
         assert got == pytest.approx(want, rel=1e-3)
+    heads = [key for key in metrics(whole)[0] if "mtp_" in key]
+    assert heads == (["mtp_1_loss", "mtp_2_loss"] if "heads" in name else [])
+    for key in heads:
+        assert metrics(split)[0][key] == pytest.approx(metrics(whole)[0][key], rel=1e-5)
+        val = f"val_{key}"
+        assert metrics(split)[-1][val] == pytest.approx(metrics(whole)[-1][val], rel=1e-4)
     assert metrics(split)[-1]["val_loss"] == pytest.approx(metrics(whole)[-1]["val_loss"], rel=1e-4)
     # exp_avg after one step is the gradient times 1 - beta: each parameter's, by name
     gradients, wanted = (state(step_folder(run, 1)) for run in (split, whole))
@@ -209,6 +208,14 @@ def test_the_layout_is_recorded(trained: Path) -> None:
         "data": 2,
         "expert_tensor": 1,
     }
+
+
+def test_heads_change_nothing_in_the_metrics_of_the_loss(trained: Path) -> None:
+    plain, heads = (metrics(trained / f"dense whole{form}")[0] for form in ("", " heads"))
+    assert {key: heads[key] for key in METRICS} == {key: plain[key] for key in METRICS}
+    assert (heads["loss"], heads["kept_tokens"]) == (plain["loss"], plain["kept_tokens"])
+    assert heads["grad_norm"] > plain["grad_norm"]
+    assert len({heads["mtp_1_loss"], heads["mtp_2_loss"], heads["loss"]}) == 3
 
 
 @pytest.mark.parametrize(("name", "number"), HOPS)

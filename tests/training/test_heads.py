@@ -1,0 +1,67 @@
+"""Heads of multi-token prediction in whole runs: where they come from, and where they go."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_deft.checkpoint_folder import read_manifest
+from megatron_deft.convert.hf import export_hf
+from megatron_deft.convert.nemo_folder import State
+from megatron_deft.errors import UserError
+from megatron_deft.models.families import ModelSpec
+from tests.convert.tiny_models import assert_same_tensors, tensors
+from tests.distributed import run_ranks
+from tests.training.ranks import config, metrics
+from tests.training.test_fused_linear import train_and_hear
+from tests.training.test_layouts import state, step_folder
+
+KEYS: dict[str, Any] = {"train.steps": 1, "train.save_at_end": "true", "optim.lr": 1e-30}
+
+
+def hear(cfg: Any) -> str:
+    return run_ranks(1, train_and_hear, cfg)[0]
+
+
+def test_heads_are_new_once_and_then_come_along(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def at(name: str, **changes: Any) -> Any:
+        return config(base, tmp_path / name, **KEYS, **changes)
+
+    first = at("first", **{"model.mtp_layers": 2})
+    new = f"2 of 2 heads of multi-token prediction are new: model.load={base / 'megatron'} has none"
+    assert new in hear(first)
+    again = {"model.load": tmp_path / "first", "model.mtp_layers": 2}
+    assert "multi-token" not in hear(at("again", **again))
+    states = [state(step_folder(tmp_path / name, 1)) for name in ("first", "again")]
+    assert sum(key.startswith("mtp.") for key in states[0]) == 20
+    assert_same_tensors(*({k: s[k] for k in s if k.startswith("mtp.")} for s in states))
+    more = hear(at("more", **again | {"model.mtp_layers": 3}))
+    assert "1 of 3 heads of multi-token prediction are new" in more
+    second = [metrics(tmp_path / name)[0]["mtp_2_loss"] for name in ("first", "again", "more")]
+    assert len(set(second)) == 1
+    fewer = hear(at("fewer", **again | {"model.mtp_layers": 1}))
+    assert f"1 of 2 heads of multi-token prediction of model.load={tmp_path / 'first'}" in fewer
+    with caplog.at_level(logging.WARNING):
+        out = export_hf(tmp_path / "first", tmp_path / "out", verify=False)
+    assert "its heads of multi-token prediction are left out" in caplog.text
+    assert_same_tensors(tensors(out), tensors(base / "hf"))
+    folder = step_folder(tmp_path / "first", 1)
+    with pytest.raises(UserError, match="heads of multi-token prediction, which are not converted"):
+        State(folder / "state", ModelSpec.from_json(read_manifest(folder)["spec"]))
+
+
+def test_what_is_refused(base: Path, tmp_path: Path) -> None:
+    cfg = config(base, tmp_path / "a", **{"model.mtp_layers": 1}, reduction="sample")
+    with pytest.raises(UserError, match=r"reduction=sample with model\.mtp_layers=1.*token"):
+        cfg.validate(1, None)
+    cfg = config(base, tmp_path / "a", **{"model.mtp_layers": 1, "lora.rank": 2})
+    with pytest.raises(UserError, match=r"model\.mtp_layers=1 with lora\.rank=2"):
+        cfg.validate(1, None)
+    hear(config(base, tmp_path / "b", **KEYS))
+    other = {"train.resume": "must", "model.mtp_layers": 1, "train.steps": 2}
+    cfg = config(base, tmp_path / "b", **KEYS | other)
+    with pytest.raises(Exception, match=r"model\.mtp_layers=1, but .* was saved with 0"):
+        hear(cfg)
