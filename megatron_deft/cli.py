@@ -90,9 +90,14 @@ def _train(args: Arguments) -> int:
 
     if args.config is None:
         raise UserError("train needs a configuration file: megatron-deft train CONFIG")
-    nodes = Nodes(args.nproc_per_node, args.nnodes, args.node_rank, args.rdzv_endpoint)
-    if is_rank() and nodes.world_size > 1 and "LOCAL_RANK" in os.environ:
-        raise UserError("a launcher started this process: drop --nproc-per-node and --nnodes")
+    nodes = Nodes(
+        args.nproc_per_node, args.nnodes, args.node_rank, args.rdzv_endpoint, args.max_restarts
+    )
+    wants_agent = nodes.world_size > 1 or nodes.restarts > 0
+    if is_rank() and wants_agent and "LOCAL_RANK" in os.environ:
+        raise UserError(
+            "a launcher started this process: drop --nproc-per-node, --nnodes and --max-restarts"
+        )
     started = is_rank() and nodes.world_size == 1
     overrides = [*args.overrides, *(["train.resume=must"] if args.resume else [])]
     if args.exit_duration is not None:
@@ -107,7 +112,7 @@ def _train(args: Arguments) -> int:
         print(f"# {world_size} processes, {ranks} of them data parallel")
         print(f"# {batches} micro-batches per step and data-parallel rank")
         return 0
-    if nodes.world_size == 1:
+    if not wants_agent:
         run(config)
         return 0
     again = ["--traceback"] if args.traceback else []
@@ -157,15 +162,19 @@ def _add_train(commands: Group) -> None:
         "Fine-tune a model with a gated objective. CONFIG is a YAML file; KEY=VALUE arguments "
         "change single keys. The configuration and the layout are checked before anything is "
         "started. On a machine without a GPU it trains on the CPU. With several machines, run the "
-        "same command on each, with its own --node-rank. Under torchrun, give CONFIG and keys.",
+        "same command on each. With --max-restarts a rank that dies makes all start again, from "
+        "the newest whole checkpoint. Under torchrun, give CONFIG and keys.",
         "train run.yaml objective=dft optim.lr=2e-5 --nproc-per-node 8",
     )  # fmt: skip
     train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optim.lr=2e-5")
     add_number(train, "--nproc-per-node", 1, "processes on this machine, one per GPU")
     add_number(train, "--nnodes", 1, "machines")
-    add_number(train, "--node-rank", 0, "which of the machines this is")
-    train.add_argument("--rdzv-endpoint", metavar="HOST:PORT", help="of machine 0, when several")
+    train.add_argument(
+        "--rdzv-endpoint", metavar="HOST:PORT", help="where several machines meet: one of them"
+    )
+    add_number(train, "--node-rank", None, "0 where the endpoint is, when its name does not tell")
+    add_number(train, "--max-restarts", 0, "how often the ranks may fail and start again")
     train.add_argument("--resume", action="store_true", help="the same as train.resume=must")
     train.add_argument(
         "--exit-duration", metavar="TIME", help="the same as train.exit_duration, such as 3h50m"

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import count
@@ -190,26 +191,37 @@ def lock(descriptor: int) -> bool | None:
 
 
 @contextmanager
-def hold_folder(folder: str | Path, key: str) -> Iterator[None]:
+def hold_folder(folder: str | Path, key: str, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes out of a folder, made if absent, until the block ends or we die.
 
     By a lock of the process on a file in it: processes that are forked meanwhile, and may outlive
     this one by seconds, do not have it. Where the file system knows no locks nobody is kept out.
 
+    patience: seconds to wait for another that is about to end
+
     Errors: UserError when another process holds it, naming `key`.
     """
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + patience
     with open(path, "w") as handle:
-        try:
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
+        while _is_held(handle):
+            if time.monotonic() >= deadline:
                 raise UserError(
                     f"{key}={folder} is written by another process at this moment: wait for it, "
                     f"or choose another {key}"
-                ) from None
+                )
+            time.sleep(0.5)
         yield
+
+
+def _is_held(handle: IO[Any]) -> bool:
+    """Whether another process has the lock of an open file; we have it now if not."""
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EACCES, errno.EAGAIN)
+    return False
 
 
 def remove_abandoned(path: Path, kind: str) -> None:

@@ -1,7 +1,8 @@
 """Start the processes of a run with torchrun's own agent, and bring back one exit code.
 
 `megatron-deft train --nproc-per-node N` is torchrun without its command line: the same environment
-variables, rendezvous and supervision (one rank fails, the others are stopped).
+variables, rendezvous and supervision (one rank fails, the others are stopped, and with
+--max-restarts all are started again; training/restarts.py is what the ranks make of it).
 """
 
 from __future__ import annotations
@@ -14,31 +15,40 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_deft.errors import UserError
 
+if TYPE_CHECKING:  # torch is not for `--help`
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.rendezvous import RendezvousHandler
+
 PATIENCE = 10  # seconds that ranks have to end after one of them has failed
 USER_ERROR = 2  # exit code of a UserError, of a rank as of the whole
+JOIN_SECONDS = 900  # for all machines to come, at the start and after one was lost
+STORE_SECONDS = 300  # for the machine of the endpoint to answer
 
 
 @dataclass(frozen=True)
 class Nodes:
-    """How many processes, and where this machine stands among the others.
+    """How many processes, on how many machines, and how often they may be started again.
 
     processes: ranks on this node
     count:     number of nodes
-    rank:      of this node, 0 <= rank < count
-    endpoint:  HOST:PORT on node 0, reachable from all; needed when count > 1
+    rank:      0 where the endpoint is, another number where it is not; None: found out by the
+               endpoint's name. Ranks are numbered by the nodes' names.
+    endpoint:  HOST:PORT on one of the nodes, reachable from all; needed when count > 1
+    restarts:  how often ranks of this node may fail and all ranks be started again
     """
 
     processes: int = 1
     count: int = 1
-    rank: int = 0
+    rank: int | None = None
     endpoint: str | None = None
+    restarts: int = 0
 
     def __post_init__(self) -> None:
         """Errors: UserError naming the option."""
@@ -46,15 +56,17 @@ class Nodes:
             raise UserError(f"--nproc-per-node {self.processes}: must be >= 1")
         if self.count < 1:
             raise UserError(f"--nnodes {self.count}: must be >= 1")
-        if not 0 <= self.rank < self.count:
+        if self.rank is not None and not 0 <= self.rank < self.count:
             raise UserError(f"--node-rank {self.rank}: must be >= 0 and < --nnodes {self.count}")
+        if self.restarts < 0:
+            raise UserError(f"--max-restarts {self.restarts}: must be >= 0")
         if self.count == 1:
             return
         host, _, port = (self.endpoint or "").rpartition(":")
         if not host or not port.isdigit():
             raise UserError(
-                f"--nnodes {self.count} needs --rdzv-endpoint HOST:PORT on node 0, the same on "
-                f"every node; got {self.endpoint}"
+                f"--nnodes {self.count} needs --rdzv-endpoint HOST:PORT on one of the nodes, the "
+                f"same on every node; got {self.endpoint}"
             )
 
     @property
@@ -75,37 +87,104 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
     once (see `report_user_error`), and torchrun's failure report not at all. Any other failure is
     named by rank and exit code, after the traceback that the rank printed itself.
     """
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.rendezvous import RendezvousError
+
+    if nodes.processes > 1:
+        # As torchrun: the ranks would otherwise each start one thread per core.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if nodes.count > 1:
+        # A store in the agent outlives its ranks, and torch 2.13 has the others look for it where
+        # it was when its node was lost. Rank 0 makes a new one at every start instead.
+        os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    with tempfile.TemporaryDirectory(prefix="megatron_deft_") as folder:
+        try:
+            agent = _agent(command, nodes, folder)
+            stays_open = False
+            _forward_signals()
+            try:
+                result = agent.run()
+            except SignalException as error:
+                stays_open = True  # for the agent that takes this one's place
+                return 128 + int(error.sigval)
+            finally:
+                if not stays_open:
+                    agent.get_worker_group().spec.rdzv_handler.shutdown()
+        except RendezvousError as error:
+            return _explain_rendezvous(error, nodes)
+        if result is None:
+            print("megatron-deft: the other machines go on without this one", file=sys.stderr)
+            return 1
+        return _explain(result.failures) if result.is_failed() else 0
+
+
+def _rendezvous(nodes: Nodes) -> RendezvousHandler:
+    """One node finds a free port itself; several meet at the endpoint.
+
+    By c10d: static rendezvous cannot let an agent back in that was lost.
+    """
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+    several: dict[str, Any] = {"join_timeout": JOIN_SECONDS, "read_timeout": STORE_SECONDS}
+    if nodes.rank is not None:
+        several["is_host"] = nodes.rank == 0
+    alone = nodes.count == 1
+    return get_rendezvous_handler(
+        RendezvousParameters(
+            backend="c10d",
+            endpoint="localhost:0" if alone else str(nodes.endpoint),
+            run_id=uuid.uuid4().hex if alone else "megatron_deft",
+            min_nodes=nodes.count,
+            max_nodes=nodes.count,
+            local_addr="localhost" if alone else None,
+            **({} if alone else several),
+        )
+    )
+
+
+def _agent(command: Sequence[str], nodes: Nodes, folder: str) -> LocalElasticAgent:
+    """torchrun's agent, which also says why it starts ranks again, and knows a user's mistake."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 
     # The agent logs every failure at length; what a user needs of it is printed below. Its loggers
     # have levels of their own, so silencing their parent would not do.
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-    if nodes.processes > 1:
-        # As torchrun: the ranks would otherwise each start one thread per core.
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory(prefix="megatron_deft_") as folder:
-        config = LaunchConfig(
-            min_nodes=nodes.count,
-            max_nodes=nodes.count,
-            nproc_per_node=nodes.processes,
-            max_restarts=0,
-            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
-            shutdown_timeout=PATIENCE,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            **_rendezvous(nodes),
-        )
-        _forward_signals()
-        try:
-            elastic_launch(config, sys.executable)(*command)
-        except ChildFailedError as error:
-            return _explain(error.failures)
-        except SignalException as error:
-            return 128 + int(error.sigval)
-    return 0
+
+    class Agent(LocalElasticAgent):
+        _failures: Mapping[int, Any] = {}
+
+        def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+            result = super()._monitor_workers(worker_group)
+            self._failures = result.failures if result.is_failed() else {}
+            if any(failure.exitcode == USER_ERROR for failure in self._failures.values()):
+                self._remaining_restarts = 0  # it would make the same mistake again
+            return result
+
+        def _restart_workers(self, worker_group: WorkerGroup) -> None:
+            if self._failures:
+                number = nodes.restarts - self._remaining_restarts
+                why = f"failed: {_ended(self._failures)}; restart {number} of {nodes.restarts}"
+            else:
+                why = "a machine came or went: all ranks start again"
+            print(f"megatron-deft: {why}", file=sys.stderr, flush=True)
+            super()._restart_workers(worker_group)
+
+    os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+    spec = WorkerSpec(
+        role="default",
+        local_world_size=nodes.processes,
+        entrypoint=sys.executable,
+        args=tuple(command),
+        rdzv_handler=_rendezvous(nodes),
+        max_restarts=nodes.restarts,
+        monitor_interval=0.1,  # seconds
+    )
+    return Agent(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=PATIENCE)
 
 
 def _forward_signals() -> None:
@@ -128,38 +207,46 @@ def _forward_signals() -> None:
         signal.signal(number, forward)
 
 
-def _rendezvous(nodes: Nodes) -> dict[str, Any]:
-    """One node finds a free port itself; several meet at the endpoint, ranked as they are told."""
-    if nodes.count == 1:
-        return {
-            "rdzv_backend": "c10d",
-            "rdzv_endpoint": "localhost:0",
-            "run_id": uuid.uuid4().hex,
-            "local_addr": "localhost",
-        }
-    return {
-        "rdzv_backend": "static",
-        "rdzv_endpoint": nodes.endpoint,
-        "run_id": "megatron_deft",
-        "rdzv_configs": {"rank": nodes.rank, "timeout": 900},
-    }
+def _explain_rendezvous(error: Exception, nodes: Nodes) -> int:
+    """The exit code of a run whose machines did not meet; prints why."""
+    from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+
+    if isinstance(error, RendezvousClosedError):
+        why = "another machine ended it: see there"
+    elif isinstance(error, RendezvousTimeoutError):
+        why = f"{nodes.count} machines were not there within {JOIN_SECONDS} s"
+    else:
+        why = (
+            f"nothing answers at {nodes.endpoint}: did the run end there (see there), is the port "
+            "open? When that machine is lost, start all again with --resume"
+        )
+    print(f"megatron-deft: the run failed: {why}", file=sys.stderr)
+    return 1
 
 
-def _explain(failures: dict[int, Any]) -> int:
+def _culprits(failures: Mapping[int, Any]) -> Mapping[int, Any]:
+    """Those that the agent stopped fell because of the others."""
+    return {rank: f for rank, f in failures.items() if f.exitcode != -signal.SIGTERM} or failures
+
+
+def _ended(failures: Mapping[int, Any]) -> str:
+    """Such as `rank 0 with exit code 1, rank 3 with SIGKILL`."""
+    ends = [
+        f"rank {rank} with " + (f"exit code {f.exitcode}" if f.exitcode > 0 else f.signal_name())
+        for rank, f in sorted(_culprits(failures).items())
+    ]
+    return ", ".join(ends)
+
+
+def _explain(failures: Mapping[int, Any]) -> int:
     """The exit code of the run; prints what is not on the terminal yet about the failed ranks."""
-    # Those that the agent stopped fell because of the others.
-    culprits = {rank: f for rank, f in failures.items() if f.exitcode != -signal.SIGTERM}
-    culprits = culprits or failures
+    culprits = _culprits(failures)
     if mistaken := [rank for rank, f in culprits.items() if f.exitcode == USER_ERROR]:
         # Rank 0 has printed its own, even if it was stopped before it could end.
         if not (0 in failures and os.path.isfile(failures[0].error_file)):
             print(failures[min(mistaken)].message, file=sys.stderr)
         return USER_ERROR
-    ended = [
-        f"rank {rank} with " + (f"exit code {f.exitcode}" if f.exitcode > 0 else f.signal_name())
-        for rank, f in sorted(culprits.items())
-    ]
-    print(f"megatron-deft: the run failed: {', '.join(ended)}; see above", file=sys.stderr)
+    print(f"megatron-deft: the run failed: {_ended(failures)}; see above", file=sys.stderr)
     return 1
 
 

@@ -12,6 +12,7 @@ if WORKERS:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 # Workers take whole files: these, which last longest, first, lest one end long after the others.
 LONGEST = (
+    "training/test_restarts",
     "training/test_trainer",
     "training/test_layouts",
     "training/test_matrix",

@@ -91,6 +91,42 @@ def test_a_killed_rank_is_named_with_its_signal():
     assert "rank 0 with SIGKILL" in result.stderr
 
 
+def test_a_rank_that_dies_is_named_and_all_start_again():
+    result = start(
+        "import os, signal, sys, time\n"
+        "restart = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "if restart == 0 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "if restart == 1 and os.environ['RANK'] == '0': sys.exit(7)\n"
+        "if restart < 2: time.sleep(30)\n"
+        "print(f'whole at restart {restart}\\n', end='')",
+        "Nodes(2, restarts=2)",
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "whole at restart 2\n" * 2
+    lines = [line for line in result.stderr.splitlines() if line.startswith("megatron-deft")]
+    assert lines == [
+        "megatron-deft: failed: rank 1 with SIGKILL; restart 1 of 2",
+        "megatron-deft: failed: rank 0 with exit code 7; restart 2 of 2",
+    ]
+
+
+def test_a_users_mistake_is_not_made_again():
+    worker = "print('started', flush=True)\n" + MISTAKE.format(ranks=(0, 1), slow=None)
+    result = start(worker, "Nodes(2, restarts=3)")
+    assert result.returncode == 2
+    assert result.stderr.strip() == "oh no, a mistake"
+    assert result.stdout == "started\n" * 2
+
+
+def test_ranks_that_died_too_often_end_the_run():
+    result = start("import sys\nsys.exit(3)", "Nodes(1, restarts=1)")
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        "megatron-deft: failed: rank 0 with exit code 3; restart 1 of 1",
+        "megatron-deft: the run failed: rank 0 with exit code 3; see above",
+    ]
+
+
 def test_an_interrupt_stops_the_ranks_and_is_130():
     worker = (
         "import sys, time\n"
@@ -120,27 +156,68 @@ def quiet_port() -> int:
     raise AssertionError("a hundred ports are taken")
 
 
-def test_two_nodes_meet_at_the_endpoint():
+SPEAK = (
+    "import os, torch.distributed as dist\n"
+    "dist.init_process_group('gloo')\n"
+    "got = [None] * dist.get_world_size()\n"
+    "dist.all_gather_object(got, (dist.get_rank(), os.environ['GROUP_RANK']))\n"
+    "print(sorted(got))\n"
+    "dist.destroy_process_group()\n"
+)
+
+
+@pytest.mark.parametrize("ranks", [(None, None), (1, 0)], ids=["by name", "as they are told"])
+def test_two_nodes_meet_at_the_endpoint(ranks):
     port = quiet_port()
-    worker = (
-        "import os, torch.distributed as dist\n"
-        "dist.init_process_group('gloo')\n"
-        "got = [None] * dist.get_world_size()\n"
-        "dist.all_gather_object(got, (dist.get_rank(), os.environ['GROUP_RANK']))\n"
-        "print(sorted(got))\n"
-        "dist.destroy_process_group()\n"
-    )
     processes = [
         subprocess.Popen(
-            command(worker, f"Nodes(1, 2, {rank}, 'localhost:{port}')"),
+            command(SPEAK, f"Nodes(1, 2, {rank}, 'localhost:{port}')"),
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in (1, 0)
+        for rank in ranks
     ]  # fmt: skip
     outputs = [process.communicate(timeout=TIMEOUT) for process in processes]
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err
         assert out.strip() == "[(0, '0'), (1, '1')]"
+
+
+def test_a_users_mistake_on_one_node_ends_the_other():
+    port = quiet_port()
+    worker = (
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '1': sys.exit(2)\n"
+        "time.sleep(5)\n"
+        "sys.exit(1)  # as a rank does that lost the other\n"
+    )
+    nodes = "Nodes(1, 2, {}, 'localhost:{}', restarts=3)"
+    processes = [
+        subprocess.Popen(
+            command(worker, nodes.format(rank, port)), stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 2]
+    assert errors[0].splitlines() == [
+        "megatron-deft: failed: rank 0 with exit code 1; restart 1 of 3",
+        "megatron-deft: the run failed: another machine ended it: see there",
+    ]
+
+
+def test_an_endpoint_without_a_machine_is_an_error():
+    code = (
+        "import sys\n"
+        "from megatron_deft import launch\n"
+        "launch.STORE_SECONDS = 1\n"
+        f"nodes = launch.Nodes(1, 2, 1, 'localhost:{quiet_port()}')\n"
+        "sys.exit(launch.launch(['-c', 'pass'], nodes))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIMEOUT, check=False
+    )
+    assert result.returncode == 1
+    assert "nothing answers at localhost" in result.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -149,6 +226,7 @@ def test_two_nodes_meet_at_the_endpoint():
         ((0,), "--nproc-per-node 0"),
         ((1, 0), "--nnodes 0"),
         ((1, 2, 2, "h:1"), "--node-rank 2"),
+        ((1, 1, 0, None, -1), "--max-restarts -1"),
         ((1, 2, 0), "--rdzv-endpoint HOST:PORT"),
         ((1, 2, 0, "host"), "got host"),
         ((1, 2, 0, ":29500"), "got :29500"),

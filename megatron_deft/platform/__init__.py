@@ -123,7 +123,7 @@ def _start_torch_distributed(timeout: timedelta | None) -> None:
         return
     missing = [name for name in TORCHRUN_ENVIRONMENT if name not in os.environ]
     if not missing:
-        dist.init_process_group(backend(), timeout=timeout)
+        dist.init_process_group(backend(), timeout=timeout, **_store_of_attempt())
     elif len(missing) == len(TORCHRUN_ENVIRONMENT):
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     else:  # Not a world of one: eight such processes would train eight separate models.
@@ -132,6 +132,25 @@ def _start_torch_distributed(timeout: timedelta | None) -> None:
             f"start with torchrun, or unset {', '.join(TORCHRUN_ENVIRONMENT)} for one process"
         )
     _owns_process_group = True
+
+
+def _store_of_attempt() -> dict[str, Any]:
+    """Where ranks that their agent has started again find one another.
+
+    The agent's store outlives its ranks: what the first attempt wrote there, addresses of processes
+    that are dead by now, would be taken for this one's (torch 2.13 hangs then, or fails). Several
+    nodes count their restarts apart, so they need a new store: launch.py says how.
+    """
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if attempt == 0 or not is_kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return {
+        "store": dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, is_master=False)),
+        "rank": int(os.environ["RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+    }
 
 
 def _check_layout(

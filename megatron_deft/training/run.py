@@ -4,6 +4,7 @@ import os
 import warnings
 from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 
 from megatron_deft.config import RunConfig
 from megatron_deft.files import hold_folder
@@ -49,10 +50,13 @@ def run(cfg: RunConfig) -> dict[str, float]:
         # these import megatron-core: now is safe
         from megatron_deft.data.loader import naming_dead_readers
         from megatron_deft.training.data import on_rank_0
+        from megatron_deft.training.restarts import LOCK_SECONDS, this_attempt
         from megatron_deft.training.trainer import Trainer
 
-        on_rank_0(lambda: held.enter_context(hold_folder(cfg.run_dir, "run_dir")))
-        trainer = Trainer(cfg, base)
+        attempt = this_attempt(Path(cfg.run_dir))
+        patience = LOCK_SECONDS if attempt.number > 1 else 0.0
+        on_rank_0(lambda: held.enter_context(hold_folder(cfg.run_dir, "run_dir", patience)))
+        trainer = Trainer(cfg, base, attempt)
         with naming_dead_readers(cfg.data.workers):
             metrics = trainer.run()
         is_stopped, exports = trainer.stopped is not None, trainer.exports

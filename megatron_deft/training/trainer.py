@@ -41,6 +41,7 @@ from megatron_deft.training.optimizer import (
     set_hyper_parameters,
 )
 from megatron_deft.training.preemption import REASONS, Preemption
+from megatron_deft.training.restarts import Attempt
 from megatron_deft.training.resume import changes
 from megatron_deft.training.samples import first_sample, load_tokenizer
 from megatron_deft.training.saving import Companions, Saver, little_room
@@ -63,13 +64,16 @@ class Trainer:
     model: this rank's chunks, one unless the pipeline is virtual; ddp: the same, wrapped
     """
 
-    def __init__(self, cfg: RunConfig, base: Base) -> None:
-        """Build everything; `base` is what cfg.model names."""
+    def __init__(self, cfg: RunConfig, base: Base, attempt: Attempt | None = None) -> None:
+        """Build everything; `base` is what cfg.model names, `attempt` None for the only one."""
         self.cfg, self.spec = cfg, base.spec
         spec = base.spec
         self._has_warned = False
         self.run_dir = Path(cfg.run_dir)
-        resume, warnings = checkpointing.find(self.run_dir, cfg.train.resume)
+        self.attempt = attempt or Attempt(self.run_dir)
+        for note in self.attempt.notes(cfg.train.resume):
+            say(note)
+        resume, warnings = checkpointing.find(self.run_dir, self.attempt.resume(cfg.train.resume))
         for warning in warnings:
             say(f"warning: {warning}")
         self.files = base.files if resume is None else resume / "hf"
@@ -150,6 +154,7 @@ class Trainer:
         if dist.get_rank() == 0:
             for note in checkpointing.clear_the_way(self.run_dir, self.position):
                 say(f"warning: {note}")
+            self.attempt.begin()
             with atomic_write(self.run_dir / "config.yaml") as handle:
                 handle.write(dump_yaml(cfg))
             if self.position.step:
