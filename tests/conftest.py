@@ -13,6 +13,7 @@ if WORKERS:
 # Workers take whole files: these, which last longest, first, lest one end long after the others.
 LONGEST = (
     "training/test_restarts",
+    "training/test_multinode",
     "training/test_trainer",
     "training/test_layouts",
     "training/test_matrix",

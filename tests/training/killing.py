@@ -50,6 +50,22 @@ def draw(seed: int, moments: dict[str, int], ranks: int, last: int, every: int) 
     return sorted(kills, key=lambda kill: kill.step)
 
 
+def write_config(base: Path, folder: Path, steps: int, save_every: int) -> Path:
+    """A configuration of two ranks that saves often and would not go on from anywhere."""
+    path = folder / "run.yaml"
+    path.write_text(f"""
+objective: deft
+model: {{load: {base / "megatron"}, dtype: fp32, hidden_dropout: 0.1}}
+data: {{train_files: [{base / "train.jsonl"}], max_length: 64, show_sample: false}}
+optim: {{lr: 0.002}}
+parallel: {{vocab_pad_multiple: 8}}
+train:
+  {{global_batch: 8, micro_batch: 2, steps: {steps}, save_every: {save_every}, keep_checkpoints: 2}}
+monitor: {{tensorboard: false, landscape_every: 0}}
+""")
+    return path
+
+
 def values(run_dir: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what differs from run to run."""
     return [

@@ -6,25 +6,14 @@ import pytest
 
 from megatron_deft.training import restarts
 from megatron_deft.training.restarts import Attempt
-from tests.training.killing import Kill, draw, run_and_kill, values
+from tests.training.killing import Kill, draw, run_and_kill, values, write_config
 
 STEPS, EVERY = 60, 5
 
 
 @pytest.fixture(scope="module")
 def config(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration of two ranks that saves often and would not go on from anywhere."""
-    path = tmp_path_factory.mktemp("restarts") / "run.yaml"
-    path.write_text(f"""
-objective: deft
-model: {{load: {base / "megatron"}, dtype: fp32, hidden_dropout: 0.1}}
-data: {{train_files: [{base / "train.jsonl"}], max_length: 64, show_sample: false}}
-optim: {{lr: 0.002}}
-parallel: {{vocab_pad_multiple: 8}}
-train: {{global_batch: 8, micro_batch: 2, steps: {STEPS}, save_every: {EVERY}, keep_checkpoints: 2}}
-monitor: {{tensorboard: false, landscape_every: 0}}
-""")
-    return path
+    return write_config(base, tmp_path_factory.mktemp("restarts"), STEPS, EVERY)
 
 
 def train(config: Path, run_dir: Path, kills: list[Kill], *command: str) -> str:
