@@ -8,6 +8,7 @@
 # make bench-head   time and memory of the language-model head with its loss, into RESULT
 # make bench-convert   time and memory of import and export of a 16 GB model in DISK, into RESULT
 # make bench-data   tokenising, loading, opening and packing of data, into RESULT; FigFont, and MATH=FILE...
+# make bench-train   whole optimizer steps beside megatron-core's and Hugging Face's, into RESULT
 # All install what they need into .venv. Choose another python or torch with
 #   make quickstart PYTHON=python3.12 TORCH=torch==2.11.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -16,7 +17,7 @@ TRANSFORMERS4 ?= transformers==4.57.*
 VENV ?= .venv
 VENV4 ?= .venv-transformers4
 NEMO_VENV ?= .venv-nemo
-NAMED := $(patsubst bench-%,%-,$(filter bench-head bench-convert bench-data,$(MAKECMDGOALS)))
+NAMED := $(patsubst bench-%,%-,$(filter bench-head bench-convert bench-data bench-train,$(MAKECMDGOALS)))
 RESULT ?= tools/bench_results/$(NAMED)cpu.json
 DISK ?= .
 MATH ?=
@@ -26,7 +27,7 @@ BIN := $(VENV)/bin
 SITE := "import sysconfig; print(sysconfig.get_path('purelib'))"
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: install quickstart test matrix test-transformers4 nemo-environment test-nemo lint format bench bench-head bench-convert bench-data clean
+.PHONY: install quickstart test matrix test-transformers4 nemo-environment test-nemo lint format bench bench-head bench-convert bench-data bench-train clean
 install: $(VENV)/.installed
 
 # torch first: the extension builds against the torch that is there (no build isolation, which
@@ -100,6 +101,9 @@ bench-convert: install
 
 bench-data: install
 	$(BIN)/megatron-deft bench data --dir $(DISK) --json $(RESULT) $(if $(MATH),--math $(MATH))
+
+bench-train: install
+	$(BIN)/megatron-deft bench train --json $(RESULT)
 
 clean:
 	rm -rf build dist *.egg-info megatron_deft/*.so

@@ -47,7 +47,7 @@ ROOMS = {
     },
     "benchmarks": {
         "errors", "files", "objectives", "ops", "loss", "platform", "models", "convert",
-        "revision", "data", "processes",
+        "revision", "data", "processes", "config", "training",
     },
     "report": {"errors", "files", "options", "evaluation"},
     "launch": {"errors"},

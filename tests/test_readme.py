@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_deft.benchmarks import train
 from megatron_deft.benchmarks.head_report import markdown
 from megatron_deft.cli import build_parser
 
@@ -67,7 +68,16 @@ def test_every_command_parses() -> None:
 
 @pytest.mark.parametrize(
     "make_target",
-    ["quickstart", "test", "test-transformers4", "lint", "bench", "bench-head", "bench-convert"],
+    [
+        "quickstart",
+        "test",
+        "test-transformers4",
+        "lint",
+        "bench",
+        "bench-head",
+        "bench-convert",
+        "bench-train",
+    ],
 )
 def test_make_targets_exist(make_target: str) -> None:
     assert re.search(rf"^{make_target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
@@ -115,6 +125,15 @@ def test_data_figures_are_the_committed_measurement() -> None:
         for one in row["repetitions"]
     ]
     assert f"{min(ratios):.2f} to {max(ratios):.2f}." in README
+
+
+def test_training_figures_are_the_committed_measurement() -> None:
+    path = ROOT / "tools" / "bench_results" / "train-cpu.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["complete"]
+    assert not recorded["wrong"]
+    assert all(line["met"] for line in recorded["budgets"])
+    assert f"\n{train.markdown(recorded)}\n" in README
 
 
 def test_links_lead_to_files() -> None:

@@ -6,7 +6,7 @@ usage() {
     cat <<'TEXT'
 usage: tools/gpu_suite.sh [--wheels DIR] [--out DIR]
 
-Run on a machine with a GPU, from a copy of the repository; needs no network, and at most 10 minutes:
+Run on a machine with a GPU, from a copy of the repository; needs no network, and at most 12 minutes:
 
   1. install the wheels in DIR (megatron-core, liger-kernel and what they need), if given
   2. build the extension for this GPU, in place
@@ -14,11 +14,12 @@ Run on a machine with a GPU, from a copy of the repository; needs no network, an
   4. compute-sanitizer memcheck and racecheck over the operators at small shapes
   5. megatron-deft bench loss --device cuda
   6. megatron-deft bench head --device cuda
+  7. megatron-deft bench train, where megatron-core and transformers are installed
 
 A stage that fails does not stop the later ones; the last lines say how each ended.
 
   --wheels DIR  *.whl files; they are installed beside the environment, not into it
-  --out DIR     for GPU-DATE.json and head-GPU-DATE.json (the measurements) and gpu_suite.log
+  --out DIR     for GPU-DATE.json, head- and train-GPU-DATE.json (the measurements) and gpu_suite.log
                 [$OUT, else tools/bench_results]
   -h, --help    show this
 
@@ -202,7 +203,14 @@ verdict benchmark 95
 attempt head 60 "$python" -m megatron_deft bench head --device cuda --repetitions 10 \
     --json "$out/head-$result"
 verdict head 60
-for json in "$out/$result" "$out/head-$result"; do
+if "$python" -c "import megatron.core, transformers" 2>/dev/null; then
+    attempt train 120 "$python" -m megatron_deft bench train --repetitions 10 \
+        --json "$out/train-$result"
+    verdict train 12
+else
+    record train "skipped: megatron-core or transformers is not installed"
+fi
+for json in "$out/$result" "$out/head-$result" "$out/train-$result"; do
     [[ ! -f $json ]] || echo "gpu_suite: measurements: $json"
 done
 

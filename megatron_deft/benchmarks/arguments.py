@@ -113,6 +113,46 @@ def head_plans(
     return runs
 
 
+class TrainPlan(NamedTuple):
+    """One interleaved run: a Llama, and batches of samples that all have `length` tokens.
+
+    ignored: fraction of the tokens that are not trained
+    """
+
+    layers: int
+    hidden: int
+    vocabulary: int
+    length: int
+    dtype: str
+    batch: int = 8
+    micro_batch: int = 2
+    ignored: float = 0.5
+
+    @property
+    def title(self) -> str:
+        """Such as "4 layers x 256, vocabulary 32000, 8 x 256 tokens, fp32"."""
+        return (
+            f"{self.layers} layers x {self.hidden}, vocabulary {self.vocabulary}, "
+            f"{self.batch} x {self.length} tokens, {self.dtype}"
+        )
+
+
+TRAIN_PLANS = {
+    "cpu": TrainPlan(4, 256, 32000, 256, "fp32"),
+    "cuda": TrainPlan(16, 2048, 128256, 2048, "bf16"),
+}
+
+
+def train_plan(device: str, shape: str | None, dtype: str | None) -> TrainPlan:
+    """The run that the arguments ask for; without any, the device's own."""
+    plan = TRAIN_PLANS[device]
+    if shape is not None:
+        names = "LAYERSxHIDDENxVOCABULARYxLENGTH"
+        layers, hidden, vocabulary, length = _sizes(shape, names, "4x256x32000x256")
+        plan = plan._replace(layers=layers, hidden=hidden, vocabulary=vocabulary, length=length)
+    return plan if dtype is None else plan._replace(dtype=dtype)
+
+
 def add_loss_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `bench loss`; a value of None means the device's default."""
     add = parser.add_argument
@@ -152,6 +192,19 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shape", choices=CONVERT_SHAPES, default="8b", help="Llama 3's of that size [8b]")
     add("--dir", default=".", metavar="DIR", help="on the disk to be measured [.]")
     add("--warm", action="store_true", help="leave the page caches alone [emptied in between]")
+    add("--json", metavar="FILE", help="write everything measured to it")
+    add("--strict", action="store_true", help="exit with 1 when a budget is not met")
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `bench train`; a value of None means the device's default."""
+    add = parser.add_argument
+    add("--shape", metavar="LAYERSxHIDDENxVOCABxLENGTH", help="of the Llama and its samples")
+    add("--dtype", choices=("fp32", "bf16"), help="[fp32 on a CPU, bf16 on a GPU]")
+    add("--threads", type=int, metavar="N", help="CPU threads [as many as torch takes]")
+    shown = ", ".join(f"{device} {count}" for device, count in REPETITIONS.items())
+    add("--repetitions", type=int, metavar="N", help=f"timed steps of each contender [{shown}]")
+    add("--only", metavar="NAME,...", help="contenders to measure, by their names in the table")
     add("--json", metavar="FILE", help="write everything measured to it")
     add("--strict", action="store_true", help="exit with 1 when a budget is not met")
 
@@ -209,5 +262,12 @@ BENCHMARKS = {
         "training waits for data, opening a set of millions of samples, and how full packed rows "
         "are. Takes some minutes and 3 GB in DIR, and leaves nothing behind.",
         "--dir /data --math math/train.parquet",
+    ),
+    "train": Benchmark(
+        add_train_arguments,
+        "Measure whole optimizer steps of `megatron-deft train` beside the same with "
+        "megatron-core's own cross-entropy, and beside Hugging Face Trainer with the released DEFT "
+        "formula, on the same model and data, in turn. Losses are compared first.",
+        "--shape 2x64x1000x64 --repetitions 3",
     ),
 }

@@ -124,7 +124,7 @@ def _eager_nll(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels, reduction="none", ignore_index=IGNORE)
 
 
-def _eager_deft(logits: Tensor, labels: Tensor) -> Tensor:
+def released_deft(logits: Tensor, labels: Tensor) -> Tensor:
     """The released trainer's formula; only log-probabilities are kept for the backward."""
     log_probs = logits.float().log_softmax(-1)
     valid = labels != IGNORE
@@ -200,7 +200,7 @@ def contenders(objective: str) -> dict[str, Contender]:
         Contender("eager-nll", "torch cross_entropy in fp32", STEP,
                   lambda _, y: step(_eager_nll, y)),
         Contender("eager-deft", "released DEFT formula, eager torch", STEP,
-                  lambda _, y: step(_eager_deft, y), "deft"),
+                  lambda _, y: step(released_deft, y), "deft"),
     ]  # fmt: skip
     for peer in peers.PEERS:
         table.append(

@@ -79,8 +79,33 @@ def pattern() -> tuple[NDArray[np.int32], NDArray[np.uint16]]:
 
 def write_synthetic(out: str, tokenizer: str, samples: int) -> Found:
     """Write a set of so many samples, as `prepare` would have left it. Returns samples, tokens."""
+    from megatron_deft.data.indexed import Block
+
+    lengths, tokens = pattern()
+    weights = (np.arange(len(tokens)) % 3 > 0).astype(np.uint8)
+
+    def blocks() -> Any:
+        for start in range(0, samples, PATTERN):
+            count = min(PATTERN, samples - start)
+            end = int(lengths[:count].sum())
+            yield Block(lengths[:count], tokens[:end], weights[:end])
+
+    return _write(Path(out), tokenizer, blocks())
+
+
+def write_even(out: str, tokenizer: str, samples: int, length: int, ignored: float) -> Found:
+    """Write a set of samples that all have `length` positions, a fraction of them not trained."""
+    from megatron_deft.data.indexed import Block
+
+    tokens = np.random.default_rng(0).integers(3, 259, samples * (length + 1), dtype=np.uint16)
+    trained = (np.arange(length + 1) > round(ignored * length)).astype(np.uint8)
+    block = Block(np.full(samples, length + 1, np.int32), tokens, np.tile(trained, samples))
+    return _write(Path(out), tokenizer, [block])
+
+
+def _write(folder: Path, tokenizer: str, blocks: Any) -> Found:
     from megatron_deft import __version__
-    from megatron_deft.data.indexed import Block, write_set
+    from megatron_deft.data.indexed import write_set
     from megatron_deft.data.manifest import TOKENIZER
     from megatron_deft.data.tokenizer import (
         load_tokenizer,
@@ -93,18 +118,8 @@ def write_synthetic(out: str, tokenizer: str, samples: int) -> Found:
 
     used = load_tokenizer(tokenizer)
     text = template_text(used)
-    folder = Path(out)
     folder.mkdir()
     save_tokenizer(Path(tokenizer), used, folder / TOKENIZER)
-    lengths, tokens = pattern()
-    weights = (np.arange(len(tokens)) % 3 > 0).astype(np.uint8)
-
-    def blocks() -> Any:
-        for start in range(0, samples, PATTERN):
-            count = min(PATTERN, samples - start)
-            end = int(lengths[:count].sum())
-            yield Block(lengths[:count], tokens[:end], weights[:end])
-
     about: Found = {
         "megatron_deft": __version__, "transformers": None, "kind": "sft", "max_length": None,
         "truncation": "right", "sources": [], "settings": {}, "dropped": {},
@@ -114,7 +129,7 @@ def write_synthetic(out: str, tokenizer: str, samples: int) -> Found:
         },
         "template": {"name": "its own", "hash": template_hash(text), "text": text},
     }  # fmt: skip
-    made = write_set(folder, blocks(), ("uint16", "uint8"), about)
+    made = write_set(folder, blocks, ("uint16", "uint8"), about)
     return {"samples": made["samples"], "tokens": made["tokens"]}
 
 
@@ -229,7 +244,7 @@ def _drop(folder: Path) -> None:
 
 PARTS: dict[str, Callable[..., Found]] = {
     call.__name__: call
-    for call in (render_texts, encode_texts, write_synthetic, open_synthetic, pack_set)
+    for call in (render_texts, encode_texts, write_synthetic, write_even, open_synthetic, pack_set)
 }
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def make_tiny_llama(
     texts: Iterable[str],
     *,
     vocab_size: int = 512,
+    embeddings: int | None = None,
     split: str | None = None,
     hidden_size: int = 64,
     ffn_hidden_size: int | None = None,
@@ -44,7 +45,8 @@ def make_tiny_llama(
 
     The tokenizer is byte-level BPE trained on `texts`: decode(encode(x)) == x for every string, and
     special tokens aside no string is out of vocabulary. `vocab_size` is an upper bound: texts that
-    hold fewer merges give fewer tokens. `split` is a regular expression (Oniguruma) whose matches
+    hold fewer merges give fewer tokens; `embeddings` are the model's rows for them, at least as
+    many, and as many unless given. `split` is a regular expression (Oniguruma) whose matches
     stand alone: no token reaches from one into the text around it; by default words are told apart
     as GPT-2 does. The same arguments give the same bytes in every file.
     `ffn_hidden_size` is 4 * hidden_size unless given.
@@ -58,10 +60,13 @@ def make_tiny_llama(
             raise UserError(f"{name}={size}: at least 1 is needed")
     _check(vocab_size, hidden_size, heads, kv_heads)
     tokenizer = _train_tokenizer(texts, vocab_size, split)
+    tokens = tokenizer.get_vocab_size()
+    if embeddings is not None and embeddings < tokens:
+        raise UserError(f"embeddings={embeddings}: the tokenizer has {tokens} tokens")
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": tokenizer.get_vocab_size(),
+        "vocab_size": embeddings or tokens,
         "hidden_size": hidden_size,
         "intermediate_size": ffn_hidden_size or 4 * hidden_size,
         "num_hidden_layers": layers,

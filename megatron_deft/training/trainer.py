@@ -328,6 +328,12 @@ class Trainer:
     def _load(self, rows: Rows, batches: Iterable[Indices]) -> Iterator[Step]:
         return load_steps(rows, share_of_rank(self.cfg, rows), batches, self.cfg.data.workers)
 
+    def forward_step(self, validating: bool, landscape_vocab: int | None) -> Any:
+        """What a micro-batch runs: see megatron_deft.training.step."""
+        return forward_step(
+            self.attachment, self.cfg.reduction, self.denominator, validating, landscape_vocab
+        )
+
     def _forward_backward(
         self, work: Step, forward_only: bool, landscape_vocab: int | None = None
     ) -> list[dict[str, Any]]:
@@ -337,9 +343,7 @@ class Trainer:
         rows = work.batches[0]["tokens"].shape[0]
         self.denominator.clear()
         parts: list[dict[str, Any]] = get_forward_backward_func()(
-            forward_step_func=forward_step(
-                self.attachment, cfg.reduction, self.denominator, forward_only, landscape_vocab
-            ),
+            forward_step_func=self.forward_step(forward_only, landscape_vocab),
             data_iterator=[iter(work.batches) for _ in self.ddp],
             model=self.ddp,
             num_microbatches=len(work.batches),

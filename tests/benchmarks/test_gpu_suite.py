@@ -56,16 +56,17 @@ def test_a_failed_stage_does_not_stop_the_later_ones(tmp_path):
     python.chmod(0o755)
     done = suite("--out", str(tmp_path / "out"), python=str(python))
     assert done.returncode == 1, done.stderr
-    summary = [line.strip() for line in done.stdout.splitlines()[-7:]]
+    summary = [line.strip() for line in done.stdout.splitlines()[-8:]]
     assert summary[0] == "wheels     skipped: no wheels given"
     assert summary[1].startswith("build      FAILED: exit code 3")
     assert summary[2].startswith("tests      ok")
     assert summary[5].startswith("benchmark  ok")
     assert summary[6].startswith("head       ok")
+    assert summary[7].startswith("train      ok")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert "gpu_suite.log" in names
     measured = sorted(name for name in names if name.endswith(".json"))
-    assert [name[:11] for name in measured] == ["Some-GPU-X-", "head-Some-G"]
+    assert [name[:11] for name in measured] == ["Some-GPU-X-", "head-Some-G", "train-Some-"]
     log = (tmp_path / "out" / "gpu_suite.log").read_text()
     assert "error: no compiler" in log
     assert "called: 9.0" in log
