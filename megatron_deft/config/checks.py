@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from megatron_deft.config.stages import check_stages, divisors
+from megatron_deft.config.stages import COUNTED, GIVEN, check_stages, divisors
 from megatron_deft.errors import UserError
 
 if TYPE_CHECKING:
@@ -236,8 +236,39 @@ def _check_model(cfg: RunConfig, spec: ModelShape) -> None:
             raise UserError(
                 f"parallel.{name}={parts}: must divide the model's {size} {what}: {divisors(size)}"
             )
+    _check_recomputation(cfg, spec)
     if cfg.data.max_length > spec.context_length:
         raise UserError(
             f"data.max_length={cfg.data.max_length}: must be <= the model's "
             f"context of {spec.context_length} positions"
+        )
+
+
+def _check_recomputation(cfg: RunConfig, spec: ModelShape) -> None:
+    model, parallel = cfg.model, cfg.parallel
+    sparse = len(spec.expert_layers)
+    for name, layers, what in (
+        ("mlp", spec.num_layers - sparse, "no layer without experts"),
+        ("moe", sparse, "no experts"),
+    ):
+        if name in model.recompute_modules and not layers:
+            raise UserError(f"model.recompute_modules={name}: the model has {what}; leave it out")
+    layers = model.recompute_layers or 1
+    if any(getattr(parallel, name) for name in (*COUNTED, *GIVEN)):
+        if layers > 1 and model.recompute_method == "uniform":
+            raise UserError(
+                f"model.recompute_layers={layers}: it cannot divide stages of several lengths; set "
+                "it to 1, or model.recompute_method=block"
+            )
+        return
+    block = spec.num_layers // (parallel.pipeline * parallel.chunks)
+    if model.recompute_method == "uniform" and block % layers:
+        raise UserError(
+            f"model.recompute_layers={layers}: must divide the {block} layers that a process "
+            f"holds in a row: {divisors(block)}"
+        )
+    if layers > block:
+        raise UserError(
+            f"model.recompute_layers={layers}: must be <= the {block} layers that a process "
+            "holds in a row"
         )

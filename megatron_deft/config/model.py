@@ -6,7 +6,14 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from megatron_deft.config.section import Section
-from megatron_deft.config.values import AT_LEAST_0, AT_LEAST_1, BELOW_1, NOT_EMPTY, key
+from megatron_deft.config.values import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    MODULES,
+    NOT_EMPTY,
+    key,
+)
 from megatron_deft.errors import UserError
 
 
@@ -29,10 +36,20 @@ class ModelConfig(Section):
     )
     attention_dropout: float = key("probability of dropping an attention weight", 0.0, BELOW_1)
     hidden_dropout: float = key("probability of dropping a residual-branch output", 0.0, BELOW_1)
-    recompute: Literal["none", "full"] = key(
-        "activations kept for the backward pass: all, or each layer's input alone (less memory, "
-        "about a third more compute)", "none"
+    recompute: Literal["none", "selective", "full"] = key(
+        "activations that the backward pass computes again: none; those of recompute_modules; or "
+        "whole layers (least memory, about a third more compute)", "none"
     )  # fmt: skip
+    recompute_modules: tuple[str, ...] = key(
+        "for selective: core_attn (scores of attention, which fused attention never keeps), "
+        "layernorm (what norms make), mlp, moe (experts with their router); none named: core_attn",
+        (), MODULES
+    )  # fmt: skip
+    recompute_method: Literal["uniform", "block"] = key(
+        "for full: keep the input of every recompute_layers-th layer; or recompute the first "
+        "recompute_layers layers of each pipeline stage, and no other", "uniform"
+    )  # fmt: skip
+    recompute_layers: int | None = key("for full: see recompute_method; null: 1", None, AT_LEAST_1)
 
     mtp_layers: int = key(
         "heads of multi-token prediction, each a layer that predicts one token further, trained "
@@ -48,6 +65,19 @@ class ModelConfig(Section):
         if (self.load is None) == (self.hf is None):
             given = "neither is set" if self.load is None else f"{self.load} and {self.hf}"
             raise UserError(f"model.load and model.hf: {given}; set one of them, the other is null")
+        if self.recompute_modules and self.recompute != "selective":
+            raise UserError(
+                f"model.recompute_modules={list(self.recompute_modules)} with model.recompute="
+                f"{self.recompute}: set model.recompute=selective, or name no modules"
+            )
+        if self.recompute != "full" and (self.recompute_layers, self.recompute_method) != (
+            None, "uniform"
+        ):  # fmt: skip
+            raise UserError(
+                f"model.recompute_method={self.recompute_method}, model.recompute_layers="
+                f"{self.recompute_layers or 'null'} with model.recompute={self.recompute}: they "
+                "are for full; set it, or leave them out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,8 @@ NOT_EMPTY = Legal("non-empty", bool)
 SEED = Legal(">= 0 and < 2^63", lambda value: 0 <= value < 2**63)
 ABOVE_0_EACH = Legal("> 0", lambda value: value == () or value > 0)
 DURATION = Legal("minutes above 0, or such as 90s, 45m, 3h50m, 1d12h", lambda v: seconds(v) > 0)
+RECOMPUTED = ("core_attn", "layernorm", "mlp", "moe")
+MODULES = Legal(f"among {', '.join(RECOMPUTED)}", lambda value: value == () or value in RECOMPUTED)
 NAMES = Legal("non-empty names", lambda value: value == () or bool(value))
 
 

@@ -1,7 +1,7 @@
 """ModelSpec -> TransformerConfig -> GPTModel."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import head_spec
+from megatron_deft.models.recompute import recompute_fields
 from megatron_deft.models.rotary import inverse_frequencies
 from megatron_deft.models.spec import block_spec, has_transformer_engine
 from megatron_deft.platform import device
@@ -26,15 +27,6 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-RECOMPUTE: dict[str, dict[str, object]] = {
-    "none": {},
-    "full": {
-        "recompute_granularity": "full",
-        "recompute_method": "uniform",
-        "recompute_num_layers": 1,
-    },
-}
 
 
 def padded_vocab(vocab_size: int, multiple: int, tensor: int) -> int:
@@ -59,6 +51,9 @@ def transformer_config(
     sequence: bool = False,
     dtype: str = "fp32",
     recompute: str = "none",
+    recompute_modules: Sequence[str] = ("core_attn",),
+    recompute_method: str = "uniform",
+    recompute_layers: int = 1,
     attention_dropout: float = 0.0,
     hidden_dropout: float = 0.0,
     mtp_layers: int = 0,
@@ -81,7 +76,8 @@ def transformer_config(
         sequence: split norms and dropout along the sequence; only has effect with tensor > 1, and
             then every batch's length must be a multiple of tensor.
         dtype: "fp32" or "bf16", of parameters, activations and what pipeline stages send.
-        recompute: "none", or "full" to keep only each layer's input for the backward pass.
+        recompute, recompute_modules, recompute_method, recompute_layers: activations that the
+            backward pass computes again, see recompute_fields.
         attention_dropout, hidden_dropout: probabilities in training mode.
         mtp_layers, mtp_loss_weight: heads of multi-token prediction (models/heads.py), and what the
             mean of their losses counts for beside the loss.
@@ -157,7 +153,7 @@ def transformer_config(
         apply_rope_fusion=fused and not spec.rotary_interleaved,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
-        **RECOMPUTE[recompute],
+        **recompute_fields(recompute, recompute_modules, recompute_method, recompute_layers),
     )
 
 

@@ -43,6 +43,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     warnings.filterwarnings("ignore", message="When using async grad allreduce")
+    # It doubts core_attn, whatever attends; the key's own help says when it is worth it.
+    warnings.filterwarnings("ignore", message="If you are using transformer_engine")
     with ExitStack() as held:
         held.enter_context(platform.deterministic(cfg.deterministic))
         initialize(cfg)

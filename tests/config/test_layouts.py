@@ -78,6 +78,14 @@ def test_possible_layouts_pass():
         ({"optim": OptimConfig(lr=1e-5, min_lr=1e-4)}, 1, ["optim.min_lr=0.0001", "1e-05"]),
         ({"optim": OptimConfig(warmup_steps=9), "train": TrainConfig(steps=5)}, 1,
          ["optim.warmup_steps=9", "train.steps=5"]),
+        ({"model": ModelConfig(load="w", recompute="full", recompute_layers=3)}, 1,
+         ["model.recompute_layers=3", "divide the 28 layers", "1, 2, 4, 7, 14, 28"]),
+        ({"model": ModelConfig(load="w", recompute="full", recompute_layers=15,
+                               recompute_method="block"),
+          "parallel": ParallelConfig(pipeline=2)}, 2,
+         ["model.recompute_layers=15", "<= the 14 layers"]),
+        ({"model": ModelConfig(load="w", recompute="selective", recompute_modules=("moe",))}, 1,
+         ["model.recompute_modules=moe", "no experts"]),
         ({"train": TrainConfig(val_every=5)}, 1,
          ["train.val_every=5", "data.val_sets, data.val_files or data.split"]),
     ],
@@ -88,6 +96,24 @@ def test_impossible_runs_are_refused(sections, world, expected):
     with pytest.raises(UserError) as caught:
         config.validate(world, Shape())
     assert "\n" not in str(caught.value)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"recompute_modules": ("mlp",)}, ["['mlp']", "recompute=none", "set model.recompute=sel"]),
+        ({"recompute": "full", "recompute_modules": ("mlp",)}, ["recompute=full"]),
+        ({"recompute": "selective", "recompute_layers": 2}, ["recompute_layers=2", "for full"]),
+        ({"recompute_method": "block"}, ["recompute_method=block", "for full"]),
+        ({"recompute": "selective", "recompute_modules": ("moe_act",)},
+         ["model.recompute_modules=['moe_act']", "among core_attn, layernorm, mlp, moe"]),
+    ],
+)  # fmt: skip
+def test_recomputation_that_would_not_be_done_is_refused(keys, expected):
+    with pytest.raises(UserError) as caught:
+        ModelConfig(load="w", **keys)
     for part in expected:
         assert part in str(caught.value)
 
