@@ -70,6 +70,7 @@ def _check_training(cfg: RunConfig) -> None:
         raise UserError(
             f"optim.warmup_steps={optim.warmup_steps}: must be <= train.steps={train.steps}"
         )
+    _check_loss_scale(cfg)
     export = cfg.checkpoint.export_hf
     if export == "last" and not train.save_at_end:
         raise UserError(
@@ -95,6 +96,30 @@ def _check_training(cfg: RunConfig) -> None:
         raise UserError(
             f"train.val_every={train.val_every} needs data.val_sets, data.val_files or data.split: "
             "name some, or set null"
+        )
+
+
+def _check_loss_scale(cfg: RunConfig) -> None:
+    optim, plain = cfg.optim, type(cfg.optim)()
+    moving = ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")
+    for name in ("loss_scale", *moving):
+        value = getattr(optim, name)
+        if value == getattr(plain, name):
+            continue
+        if cfg.model.dtype != "fp16":
+            raise UserError(
+                f"optim.{name}={value:g} with model.dtype={cfg.model.dtype}: only fp16 scales the "
+                "loss; leave it out, or set model.dtype=fp16"
+            )
+        if name in moving and optim.loss_scale is not None:
+            raise UserError(
+                f"optim.{name}={value:g} with optim.loss_scale={optim.loss_scale:g}: a fixed scale "
+                "does not move; leave one out"
+            )
+    if optim.min_loss_scale > optim.initial_loss_scale:
+        raise UserError(
+            f"optim.min_loss_scale={optim.min_loss_scale:g}: must be <= "
+            f"optim.initial_loss_scale={optim.initial_loss_scale:g}"
         )
 
 

@@ -30,10 +30,14 @@ class ModelConfig(Section):
         "It is loaded as `convert import` would have converted it, without the proof",
         None, NOT_EMPTY,
     )  # fmt: skip
-    dtype: Literal["fp32", "bf16"] = key(
-        "precision of weights and activations; gradients and optimizer state are fp32 in both",
-        "bf16",
-    )
+    dtype: Literal["fp32", "bf16", "fp16"] = key(
+        "precision of weights and activations; main weights, gradients and optimizer state are "
+        "fp32 in all; fp16 scales the loss, see optim.loss_scale", "bf16"
+    )  # fmt: skip
+    fp8: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] | None = key(
+        "run the layers' matrix products in FP8 by this recipe: with TransformerEngine, on GPUs "
+        "that have it, with dtype bf16", None
+    )  # fmt: skip
     attention_dropout: float = key("probability of dropping an attention weight", 0.0, BELOW_1)
     hidden_dropout: float = key("probability of dropping a residual-branch output", 0.0, BELOW_1)
     recompute: Literal["none", "selective", "full"] = key(
@@ -65,6 +69,16 @@ class ModelConfig(Section):
         if (self.load is None) == (self.hf is None):
             given = "neither is set" if self.load is None else f"{self.load} and {self.hf}"
             raise UserError(f"model.load and model.hf: {given}; set one of them, the other is null")
+        if self.fp8 is not None and self.dtype != "bf16":
+            raise UserError(
+                f"model.fp8={self.fp8} with model.dtype={self.dtype}: its weights are in bf16; set "
+                "model.dtype=bf16, or model.fp8=null"
+            )
+        if self.fp8 == "delayed" and "layernorm" in self.recompute_modules:
+            raise UserError(
+                "model.recompute_modules=layernorm with model.fp8=delayed: megatron-core cannot; "
+                "leave it out, or set another recipe"
+            )
         if self.recompute_modules and self.recompute != "selective":
             raise UserError(
                 f"model.recompute_modules={list(self.recompute_modules)} with model.recompute="
@@ -127,6 +141,10 @@ class ParallelConfig(Section):
     overlap_param_gather: bool = key(
         "gather updated parameters while the next forward pass runs; needs distributed_optimizer "
         "and overlap_grad_reduce", False
+    )  # fmt: skip
+    gradient_accumulation_fusion: Literal["auto", True, False] = key(
+        "add weights' gradients to their fp32 sums within the matrix product, by apex's kernel; "
+        "auto: on a GPU where it is installed", "auto"
     )  # fmt: skip
     vocab_pad_multiple: int = key(
         "the vocabulary is padded to a multiple of this times parallel.tensor", 128, AT_LEAST_1

@@ -44,6 +44,19 @@ class OptimConfig(Section):
     clip_grad: float = key(
         "largest gradient norm over all parameters; 0: no clipping", 1.0, AT_LEAST_0
     )
+    loss_scale: float | None = key(
+        "fp16: what the loss is multiplied by before the backward pass; null: it finds its own, "
+        "halved where gradients overflow (such steps change nothing) and doubled where none did",
+        None, ABOVE_0
+    )  # fmt: skip
+    initial_loss_scale: float = key(
+        "fp16: where it starts; the loss is a sum over tokens", 4096.0, ABOVE_0
+    )
+    min_loss_scale: float = key("fp16: where it stops to fall", 1.0, ABOVE_0)
+    loss_scale_window: int = key(
+        "fp16: steps in a row without overflow until it is doubled", 1000, AT_LEAST_1
+    )
+    hysteresis: int = key("fp16: overflows until it is halved", 2, AT_LEAST_1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
 from megatron_deft.errors import UserError
+from megatron_deft.models.accelerators import fp8_fields
 from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import head_spec
@@ -26,7 +27,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def padded_vocab(vocab_size: int, multiple: int, tensor: int) -> int:
@@ -50,6 +51,8 @@ def transformer_config(
     last_stage_layers: int | None = None,
     sequence: bool = False,
     dtype: str = "fp32",
+    fp8: str | None = None,
+    gradient_accumulation_fusion: bool = False,
     recompute: str = "none",
     recompute_modules: Sequence[str] = ("core_attn",),
     recompute_method: str = "uniform",
@@ -75,7 +78,9 @@ def transformer_config(
         first_stage_layers, last_stage_layers: of those stages; None: as many as each other.
         sequence: split norms and dropout along the sequence; only has effect with tensor > 1, and
             then every batch's length must be a multiple of tensor.
-        dtype: "fp32" or "bf16", of parameters, activations and what pipeline stages send.
+        dtype: "fp32", "bf16" or "fp16", of parameters, activations and what pipeline stages send.
+        fp8: recipe by which TransformerEngine's matrix products run; see models/accelerators.py.
+        gradient_accumulation_fusion: add weights' gradients to main_grad in their own product.
         recompute, recompute_modules, recompute_method, recompute_layers: activations that the
             backward pass computes again, see recompute_fields.
         attention_dropout, hidden_dropout: probabilities in training mode.
@@ -130,6 +135,7 @@ def transformer_config(
         virtual_pipeline_model_parallel_size=virtual,
         sequence_parallel=sequence and tensor > 1,
         bf16=dtype == "bf16",
+        fp16=dtype == "fp16",
         params_dtype=DTYPES[dtype],
         pipeline_dtype=DTYPES[dtype],
         # Micro-batches are as long as their longest sample, so stages tell each other the shape.
@@ -152,7 +158,8 @@ def transformer_config(
         bias_dropout_fusion=fused,
         apply_rope_fusion=fused and not spec.rotary_interleaved,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
+        **fp8_fields(fp8),
         **recompute_fields(recompute, recompute_modules, recompute_method, recompute_layers),
     )
 

@@ -8,6 +8,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
 from megatron_deft.config import RunConfig
+from megatron_deft.errors import UserError
+from megatron_deft.models.accelerators import (
+    obstacle_to_fp8,
+    obstacle_to_gradient_accumulation_fusion,
+)
 from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import initialize_heads
@@ -18,6 +23,8 @@ from megatron_deft.training.adapters import adapters_of
 def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
     """This rank's blocks of layers, weights random: one, or those of a virtual pipeline."""
     parallel = cfg.parallel
+    if cfg.model.fp8 is not None and (obstacle := obstacle_to_fp8(cfg.model.fp8)):
+        raise UserError(f"model.fp8={cfg.model.fp8}: {obstacle}; set it to null")
     tcfg = transformer_config(
         spec,
         tensor=parallel.tensor,
@@ -33,6 +40,8 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         last_stage_layers=parallel.last_stage_layers,
         sequence=parallel.sequence,
         dtype=cfg.model.dtype,
+        fp8=cfg.model.fp8,
+        gradient_accumulation_fusion=_fuses_gradients(cfg),
         recompute=cfg.model.recompute,
         recompute_modules=cfg.model.recompute_modules or ("core_attn",),
         recompute_method=cfg.model.recompute_method,
@@ -74,6 +83,16 @@ def prepare_heads(cfg: RunConfig, chunks: Sequence[GPTModel], base: str, found: 
     return ""
 
 
+def _fuses_gradients(cfg: RunConfig) -> bool:
+    wanted = cfg.parallel.gradient_accumulation_fusion
+    obstacle = obstacle_to_gradient_accumulation_fusion()
+    if wanted is True and obstacle:
+        raise UserError(
+            f"parallel.gradient_accumulation_fusion=true: {obstacle}; set it to auto or false"
+        )
+    return wanted is not False and not obstacle
+
+
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:
     """The chunks with fp32 gradient buffers, reduced as configured."""
     tcfg, overlap_gather = chunks[0].config, cfg.parallel.overlap_param_gather
@@ -91,7 +110,7 @@ def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedD
         DistributedDataParallel(
             tcfg,
             ddp_config,
-            Float16Module(tcfg, chunk) if cfg.model.dtype == "bf16" else chunk,
+            chunk if cfg.model.dtype == "fp32" else Float16Module(tcfg, chunk),
             # The backward pass ends with chunk 0: only its reduction is worth cutting up.
             disable_bucketing=number > 0,
         )
