@@ -17,6 +17,7 @@ LONGEST = (
     "training/test_trainer",
     "training/test_layouts",
     "training/test_matrix",
+    "training/test_stopping",
     "training/test_fused_linear",
     "loss/test_attach_fused",
     "data/prepare/test_tokenise",

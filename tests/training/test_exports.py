@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ from megatron_deft.checkpoint_folder import MANIFEST, is_export_of, read_manifes
 from megatron_deft.config import RunConfig
 from megatron_deft.convert.hf import export_hf
 from megatron_deft.errors import UserError
-from megatron_deft.training.exports import Exports
+from megatron_deft.training.exports import Exports, Running
 from tests.convert.tiny_models import assert_same_tensors, tensors
 from tests.distributed import run_ranks
 from tests.training.test_trainer import config, train_all
@@ -245,3 +247,16 @@ def test_an_export_of_nothing_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=expected):
         run_with(base, tmp_path / "run", mode, **settings).validate(1, None)
+
+
+def test_a_run_that_is_stopped_does_not_wait_for_its_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = Exports(tmp_path, "every_save", None)
+    process = subprocess.Popen(["sleep", "600"])
+    first, second = (tmp_path / "checkpoints" / f"step_0000000{step}" for step in (1, 2))
+    exports._running, exports._waiting = Running(first, process, 0), [second]
+    exports.abandon()
+    assert process.poll() == -signal.SIGTERM
+    assert exports.needed() == []
+    assert "step_00000001, step_00000002; the resumed run does it" in capsys.readouterr().out
