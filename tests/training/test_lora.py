@@ -34,14 +34,12 @@ from tests.training.test_layouts import (
 FULL: Keys = {"model.recompute": "full"}
 LORA: Keys = {**COMMON_KEYS, "lora.rank": 3, "lora.alpha": 5, "optim.lr": 0.02, "train.steps": 3}
 RUNS: dict[str, Run] = {
-    "dense TP2": Run("dense", TP2 | FUSED, (SEQUENCE | PP2, {}, VPP2)),
+    "dense TP2 PP2": Run("dense", TP2 | PP2 | FULL | FUSED, (SEQUENCE, {})),
     "dense TP2 sequence": Run("dense", SEQUENCE | OVERLAP),
-    "dense TP2 PP2": Run("dense", TP2 | PP2 | FULL, (SEQUENCE,)),
-    "dense VPP2 packed": Run("dense", VPP2 | FUSED | PACKED),
+    "dense VPP2 packed": Run("dense", VPP2 | PACKED),
     "dense PP2 CP2": Run("dense", PP2 | CP2 | PLAIN, (TP2 | PLAIN,)),
     "dense bf16": Run("dense", SEQUENCE | PP2 | BF16, (TP2,)),
-    "experts TP2 EP2": Run("experts", SEQUENCE | EP2, (PP2 | EP2, {})),
-    "experts PP2 EP2": Run("experts", PP2 | EP2 | FULL),
+    "experts TP2 EP2": Run("experts", SEQUENCE | EP2, (PP2 | EP2,)),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
 
