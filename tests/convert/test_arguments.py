@@ -15,7 +15,9 @@ from megatron_deft.convert import hf, verify
         (["import", "hf", "out", "--base", "owner/model"], "import_hf",
          ("hf", "out", None, False, True), {"base": "owner/model"}),
         (["export", "run", "out", "--dtype", "fp32"], "export_hf",
-         ("run", "out", "fp32", False, True), {}),
+         ("run", "out", "fp32", False, True), {"base": None}),
+        (["export", "run", "out", "--base", "moved"], "export_hf",
+         ("run", "out", None, False, True), {"base": "moved"}),
     ],
 )  # fmt: skip
 def test_convert_calls(monkeypatch, capsys, argv, name, expected, named):
