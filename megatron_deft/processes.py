@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 
 PATIENCE = 10  # seconds that a process is given to end
+OUTLIVE = 30.0  # seconds that a rank's helper has left after a SIGTERM
 
 
 def available_cores() -> int:
@@ -14,6 +15,20 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def outlive_signals(worker: int = 0) -> None:
+    """In a process that reads data or writes a checkpoint for a rank: let the rank end first.
+
+    Schedulers, and torchrun, signal every process of a job. Not for ever, or a rank could not end
+    a helper that it no longer needs. worker: its number, as torch's DataLoader tells it; not used.
+    """
+
+    def end_later(number: int, frame: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, OUTLIVE)  # SIGALRM then ends the process
+
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, end_later)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from megatron_deft.data.batches import Batch, collate
 from megatron_deft.data.mixture import Rows
 from megatron_deft.data.sampler import FILLER, Indices, rank_share
 from megatron_deft.errors import UserError
+from megatron_deft.processes import outlive_signals
 
 LENGTH_MULTIPLE = 8  # batches are padded to a multiple of this: what GPUs' matrix units want
 
@@ -96,6 +97,7 @@ def load_steps(
         batch_size=None,
         sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
+        worker_init_fn=outlive_signals if workers else None,
         collate_fn=_with_arrays,
         # A loader draws a seed: not from dropout's generator, which would then be another one in a
         # resumed run.

@@ -13,6 +13,8 @@ from types import TracebackType
 
 import psutil
 
+from megatron_deft.processes import outlive_signals
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "train.exit_duration")
 ECHO = 2.0  # seconds in which a SIGTERM is the same one: a launcher forwards what all ranks got
@@ -22,7 +24,7 @@ class Preemption(AbstractContextManager["Preemption"]):
     """Inside the block SIGTERM and SIGUSR1 are noted; a second SIGTERM ends the process at once.
 
     A thread notes them: Python's own handlers wait for as long as the main thread stands in a
-    collective. Processes that are forked meanwhile have the usual handlers.
+    collective.
 
     exit_seconds: after how many seconds of the job to stop; None: never
     """
@@ -108,12 +110,11 @@ def _start_of_job() -> float:
     return time.time()
 
 
-def _as_usual_in_child() -> None:
-    with suppress(ValueError):
-        if signal.getsignal(signal.SIGTERM) is _nothing:
+def _let_rank_end_first() -> None:
+    if signal.getsignal(signal.SIGTERM) is _nothing:
+        with suppress(ValueError):  # forked off the main thread
             signal.set_wakeup_fd(-1)
-            for number in SIGNALS:
-                signal.signal(number, signal.SIG_DFL)
+            outlive_signals()
 
 
-os.register_at_fork(after_in_child=_as_usual_in_child)
+os.register_at_fork(after_in_child=_let_rank_end_first)

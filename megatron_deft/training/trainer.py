@@ -183,6 +183,7 @@ class Trainer:
             with self.preemption, self.watch:
                 metrics = self._loop(log)
         finally:
+            self._steps = None  # and with it the processes that read ahead
             if log is not None:
                 log.close()
         if self.stopped is not None:
@@ -306,8 +307,12 @@ class Trainer:
     def _flags(self) -> Tensor:
         """What every rank must learn of this one, bool [1 + len(REASONS)]: whether a gradient is
         not finite that is in no norm, and why the run should stop."""
-        asked = torch.tensor(self.preemption.flags(), device=device())
-        return torch.cat([~has_finite_rest(self.ddp)[None], asked])
+        flags = torch.zeros(1 + len(REASONS), dtype=torch.bool, device=device())
+        flags[0] = ~has_finite_rest(self.ddp)
+        for number, is_raised in enumerate(self.preemption.flags(), 1):
+            if is_raised:  # a copy of the list would wait for the device
+                flags[number] = True
+        return flags
 
     def _keep_bad_step(self, step: int, metrics: dict[str, float], position: Position) -> None:
         raise_on_wrong_labels()

@@ -91,8 +91,10 @@ def yaml_of(base: Path, run_dir: Path, **keys: Any) -> str:
 
 
 def terminate_all(agent: subprocess.Popen[str]) -> None:
-    """As a scheduler does: the agent, which hands it on, and each rank."""
-    for one in psutil.Process(agent.pid).children():
+    """As a scheduler does: the agent, which hands it on, each rank, and who reads its data."""
+    processes = psutil.Process(agent.pid).children(recursive=True)
+    assert len(processes) >= 4
+    for one in processes:
         one.send_signal(signal.SIGTERM)
     agent.send_signal(signal.SIGTERM)
 
@@ -107,7 +109,7 @@ STOPS: dict[str, tuple[tuple[str, ...], Callable[[subprocess.Popen[str]], None] 
 def test_stopped_runs_save_end_with_0_and_resume_exactly(base: Path, tmp_path: Path) -> None:
     """One run in three parts, each stopped in another way, against the same in one."""
     run_dir = tmp_path / "run"
-    path = yaml_of(base, run_dir, **ENDLESS, **{"model.hidden_dropout": 0.1})
+    path = yaml_of(base, run_dir, **ENDLESS, **{"model.hidden_dropout": 0.1, "data.workers": 1})
     ends = [0]
     for reason, (arguments, stop) in STOPS.items():
         command = ["-m", "megatron_deft", "train", path, "--nproc-per-node", "2", *arguments]
@@ -146,7 +148,7 @@ def test_a_second_sigterm_ends_at_once(base: Path, tmp_path: Path) -> None:
 def test_ranks_that_hang_are_named(base: Path, tmp_path: Path) -> None:
     """Of TP2 x PP2, rank 1 sleeps and rank 2 is stopped; ranks 0 and 3 only wait for them."""
     run_dir = tmp_path / "run"
-    keys = {"parallel.tensor": 2, "parallel.pipeline": 2, "train.hang_timeout": "10s"}
+    keys = {"parallel.tensor": 2, "parallel.pipeline": 2, "train.hang_timeout": "8s"}
     path = yaml_of(base, run_dir, **ENDLESS, **keys)
     with started(run_dir, ["-c", LAUNCH.format(4), "-c", HALTING, path, "1"]) as agent:
         wait_for(lambda: "halts" in said(run_dir), run_dir)
