@@ -60,7 +60,8 @@ def obstacle_to_fused_linear(module: nn.Module) -> str:
         return f"the output layer, a {type(layer).__name__}, has a forward of its own"
     if layer.skip_bias_add:
         return "the output layer hands its bias on instead of adding it"
-    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    # Before the layer is another matter: DistributedDataParallel waits there for parameters.
+    hooks = list(layer._forward_hooks.values())
     strange = [type(hook).__name__ for hook in hooks if not isinstance(hook, Softcap)]
     if strange or len(hooks) > 1:
         names = ", ".join(strange or ["two softcaps"])

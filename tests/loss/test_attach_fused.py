@@ -297,6 +297,9 @@ def obstacles(rank: int, world: int) -> None:
         attach(model, "deft", vocab_size=VOCAB, fused_linear=True)
     del model.output_layer.forward
     attach(model, "deft", vocab_size=VOCAB, fused_linear=True)
+    early = model.output_layer.register_forward_pre_hook(lambda module, inputs: None)
+    model(tokens, positions, None, labels=labels)  # what comes before it wants no logits
+    early.remove()
     late = model.output_layer.register_forward_hook(lambda module, inputs, output: None)
     with pytest.raises(UserError, match=r"hooks.*since attach; attach again without it"):
         model(tokens, positions, None, labels=labels)

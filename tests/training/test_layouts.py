@@ -85,7 +85,7 @@ RUNS: dict[str, Run] = {
     "six VPP2 embedding loss": Run("six", VPP2 | COUNTED | GATHER, (VPP2 | {FIRST: 2, LAST: 4},)),
     "six VPP2 first": Run("six", VPP2 | {FIRST: 4}, (VPP2 | COUNTED, {})),
     "six PP3 first last": Run("six", PP3 | {FIRST: 1, LAST: 2} | FUSED, (PP2,), 3),
-    "experts PP2 EP2 gather": Run("experts", PP2 | EP2 | GATHER),
+    "experts PP2 EP2 gather": Run("experts", PP2 | EP2 | GATHER | FUSED),
     "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4, (ETP1 | EP4, {})),
     "experts TP2 ETP1 EP2": Run("experts", ETP1 | EP2),
     "dense TP2 sequence heads": Run("dense", SEQUENCE | MTP | RECOMPUTE, (PP2 | TP2,)),

@@ -54,6 +54,7 @@ def folder(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_ranks(1, train_groups, [list(group.values()) for group in wholes.values()])
     refused = run_ranks(RANKS, train_groups, list(splits.values()))[0]
     for run_dir, reason in refused.items():
+        Path(run_dir).mkdir(parents=True, exist_ok=True)
         (Path(run_dir) / "refused").write_text(reason)
     return root
 
