@@ -242,17 +242,17 @@ def test_attention_refuses_by_name_what_it_cannot_do() -> None:
 def test_ways_of_sharing_a_sequence_that_need_transformer_engine(
     comm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def config(comm: str, **changes: Any) -> Any:
-        spec = replace(spec_from_hf(CONFIGS["gqa"].to_dict()), **changes)
-        return transformer_config(spec, context=2, context_comm=comm).cp_comm_type
-
-    with pytest.raises(UserError, match=rf"context_comm={comm} needs TransformerEngine"):
-        config(comm)
-    assert config("all_gather") == "all_gather"
+    spec = spec_from_hf(CONFIGS["gqa"].to_dict())
+    with pytest.raises(
+        UserError, match=f"context_comm={comm} needs TransformerEngine, which is not"
+    ):
+        transformer_config(spec, context=2, context_comm=comm)
+    gathered = transformer_config(spec, context=2, context_comm="all_gather")
+    assert gathered.cp_comm_type == "all_gather"
     monkeypatch.setattr(build, "has_transformer_engine", lambda: True)
-    assert config(comm) == comm
+    build._check_context_comm(spec, comm)
     with pytest.raises(UserError, match="without a cap on its scores"):
-        config(comm, attention_softcap=2.0)
+        build._check_context_comm(replace(spec, attention_softcap=2.0), comm)
 
 
 def test_building_warns_of_nothing() -> None:
