@@ -1,5 +1,7 @@
 """Loss scaling for fp16: the loss times a number that keeps small gradients above fp16's least.
 
+`build_loss_scale` gives other types one that does nothing.
+
 megatron-core's own scaler, moved by the gradients that overflow. A step whose gradients do changes
 nothing but the scale; it is no fault of the data, and is counted apart.
 """
@@ -44,7 +46,28 @@ class _Follower(MegatronGradScaler):
         self._leader.load_state_dict(state_dict)
 
 
-class LossScale:
+class NoLossScale:
+    """That of types which need none."""
+
+    overflows = 0
+    is_loss_finite = True
+
+    def stop_if_stuck(self, step: int) -> None:
+        """Nothing can be."""
+
+    def metrics(self) -> dict[str, float]:
+        """Nothing to log."""
+        return {}
+
+    def state(self) -> dict[str, float] | None:
+        """Nothing to save."""
+        return None
+
+    def load(self, state: dict[str, float]) -> None:
+        """Nothing to go on from."""
+
+
+class LossScale(NoLossScale):
     """One scale for all parts of an optimizer, moved once a step, alike on every rank.
 
     megatron-core gives each part (experts that are spread over ranks are one) a scaler of its own
@@ -55,7 +78,8 @@ class LossScale:
     is_loss_finite: of the running step; where it is not, no scale mends it, and none is moved
     """
 
-    def __init__(self, optimizer: ChainedOptimizer) -> None:
+    def __init__(self, optimizer: ChainedOptimizer, config: Any) -> None:
+        config.grad_scale_func = self.scale_loss
         parts = optimizer.chained_optimizers
         self._scaler: MegatronGradScaler = parts[0].grad_scaler
         self._has_many = len(parts) > 1
@@ -75,6 +99,7 @@ class LossScale:
             # each part has asked its own ranks alone
             dist.all_reduce(found, op=dist.ReduceOp.MAX)
             overflowed = found.item() > 0
+        self._used = self.value
         self._can_fall = self._scaler.scale > getattr(self._scaler, "min_scale", self._scaler.scale)
         if not self.is_loss_finite:
             return True
@@ -91,6 +116,10 @@ class LossScale:
     def value(self) -> float:
         """The scale of the coming step."""
         return float(self._scaler.scale)
+
+    def metrics(self) -> dict[str, float]:
+        """The scale of the step that was done, and how many steps overflowed so far."""
+        return {"loss_scale": self._used, "overflow_steps": self.overflows}
 
     def stop_if_stuck(self, step: int) -> None:
         """Errors: UserError when overflows cannot be mended by a lower scale."""
@@ -117,3 +146,8 @@ class LossScale:
                     "hysteresis_tracker": int(state["hysteresis_tracker"]),
                 }
             )
+
+
+def build_loss_scale(dtype: str, optimizer: ChainedOptimizer, config: Any) -> NoLossScale:
+    """The scale of a run in `dtype`; `config` is its model's, whose schedules scale the loss."""
+    return LossScale(optimizer, config) if dtype == "fp16" else NoLossScale()

@@ -27,7 +27,7 @@ from megatron_deft.training.clock import Clock
 from megatron_deft.training.data import open_data, share_of_rank
 from megatron_deft.training.exports import Exports
 from megatron_deft.training.hang import SLOW, HangWatch
-from megatron_deft.training.loss_scale import LossScale
+from megatron_deft.training.loss_scale import build_loss_scale
 from megatron_deft.training.metrics import MetricsLog, progress_line
 from megatron_deft.training.model import (
     build_chunks,
@@ -106,9 +106,8 @@ class Trainer:
             chunk_tokens=cfg.loss.chunk_tokens,
         )
         self.optimizer = build_optimizer(cfg, self.ddp)
-        self.loss_scale = LossScale(self.optimizer) if cfg.model.dtype == "fp16" else None
-        if self.loss_scale is not None:
-            self.model[0].config.grad_scale_func = self.loss_scale.scale_loss
+        config = self.model[0].config
+        self.loss_scale = build_loss_scale(cfg.model.dtype, self.optimizer, config)
         self.position = Position()
         self.base, self.license = base.name, base.license
         self.tokens: int | None = 0  # of all samples so far; None: an older run did not count
@@ -116,9 +115,9 @@ class Trainer:
         self.exports = Exports(self.run_dir, cfg.checkpoint.export_hf, cfg.train.keep_checkpoints)
         self.saver = Saver(self.run_dir, cfg.train.keep_checkpoints)
         self.denominator = StepDenominator()
-        self.model[0].config.finalize_model_grads_func = self.denominator.finalize
+        config.finalize_model_grads_func = self.denominator.finalize
         self.clock = Clock()
-        self.model[0].config.timers = self.optimizer.config.timers = self.clock
+        config.timers = self.optimizer.config.timers = self.clock
         clock.time_head(self.model, self.clock)
         self.peak = cfg.monitor.peak_tflops or peak_tflops(device_name(), cfg.model.dtype)
         if resume is not None:
@@ -137,8 +136,7 @@ class Trainer:
         self.base = manifest.get("base", self.base)
         self.license = manifest.get("license", self.license)
         self.tokens = manifest.get("tokens")
-        if self.loss_scale is not None:
-            self.loss_scale.load(manifest.get("loss_scale") or {})
+        self.loss_scale.load(manifest.get("loss_scale") or {})
         if manifest.get("data") != self.data.train.fingerprint:
             notes.append(
                 f"the data, or how samples are packed, changed since {folder.name} was saved: "
@@ -254,7 +252,6 @@ class Trainer:
             chunk.train()
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        scale = self.loss_scale.value if self.loss_scale is not None else 1.0
         vocab_size = self.spec.vocab_size if self._has_landscape(number) else None
         heads = cfg.model.mtp_layers
         parts = self._forward_backward(work, forward_only=False, landscape_vocab=vocab_size)
@@ -266,23 +263,19 @@ class Trainer:
         if number < data.total_steps:
             self.stopped = next((why for why, on in zip(REASONS, reasons, strict=True) if on), None)
         self.optimizer.may_step = is_finite_loss(metrics) and not has_bad_gradient
-        if self.loss_scale is not None:
-            self.loss_scale.is_loss_finite = is_finite_loss(metrics)
+        self.loss_scale.is_loss_finite = is_finite_loss(metrics)
         with self.clock.part(clock.OPTIMIZER):
             is_done, grad_norm, _ = self.optimizer.step()
         consumed = position.consumed + cfg.train.global_batch
         self.position = Position(number, consumed, position.skipped + (not is_done))
-        lost = self.loss_scale.overflows if self.loss_scale is not None else 0
-        metrics |= {
-            "grad_norm": float(grad_norm or 0.0), "skipped": self.position.skipped - lost
-        }  # fmt: skip
+        skipped = self.position.skipped - self.loss_scale.overflows
+        metrics |= {"grad_norm": float(grad_norm or 0.0), "skipped": skipped}
         if is_done:
             self.bad_steps.good()
         elif grad_norm is not None or not is_finite_loss(metrics):  # else the loss scale was high
             self._keep_bad_step(number, metrics, position)
-        if self.loss_scale is not None:
-            self.loss_scale.stop_if_stuck(number)
-            metrics |= {"loss_scale": scale, "overflow_steps": lost}
+        self.loss_scale.stop_if_stuck(number)
+        metrics |= self.loss_scale.metrics()
         if metrics["kept_tokens"] == 0 and not self._has_warned:
             self._has_warned = True
             say(f"warning: step {number}: {self.attachment.objective.spec} keeps no token at all")
@@ -385,7 +378,7 @@ class Trainer:
             "base": self.base,
             "license": self.license,
             "tokens": self.tokens,
-            "loss_scale": self.loss_scale.state() if self.loss_scale is not None else None,
+            "loss_scale": self.loss_scale.state(),
             "data": self.data.train.fingerprint,
             "config": to_dict(self.cfg),
         }
