@@ -16,7 +16,7 @@ from xxhash import xxh3_128
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import mapping
-from megatron_deft.convert.hf_folder import Weights
+from megatron_deft.convert.hf_folder import Weights, locate
 from megatron_deft.convert.mapping import Parameter
 from megatron_deft.convert.sources import HFSource, StateSource, find_slots
 from megatron_deft.convert.state import StateReader
@@ -125,7 +125,8 @@ class Merged:
             return self._base.read(parameter, dtype)
         weight = self._base.read(parameter, torch.float32)
         a, b = (self._state.read(part).float() for part in pair)
-        return torch.addmm(weight, b, a, alpha=self._state.adapters.scale).to(dtype)
+        # In place: a source reads into memory of its own each time.
+        return weight.addmm_(b, a, alpha=self._state.adapters.scale).to(dtype)
 
 
 def open_ours(
@@ -142,7 +143,7 @@ def open_ours(
 def _open_base(
     folder: Path, recorded: Mapping[str, str], base: str | Path | None
 ) -> HFSource | StateSource:
-    path = Path(recorded["path"] if base is None else base)
+    path = Path(recorded["path"]) if base is None else locate(base)
     if not path.exists():
         raise UserError(
             f"the base of {folder} is gone: {path} does not exist; name where it lies now with "

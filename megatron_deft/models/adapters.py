@@ -30,8 +30,8 @@ class Adapters:
 
     def has(self, weight: str) -> bool:
         """Whether the Megatron parameter `weight` is a matrix with adapters."""
-        parts = weight.split(".")
-        return parts[-1] == "weight" and parts[-2:-1] != [] and parts[-2] in self.targets
+        module, _, last = weight.rpartition(".")
+        return last == "weight" and module.rpartition(".")[2] in self.targets
 
     def to_json(self) -> dict[str, Any]:
         """As in a checkpoint's manifest."""

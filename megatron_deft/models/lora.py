@@ -136,7 +136,7 @@ def train_adapters_alone(model: GPTModel, seed: int) -> None:
             for axis, start in enumerate(part.global_offset[stacked:]):
                 drawn = drawn.narrow(axis, start, part.data.shape[axis])
             part.data.detach().copy_(drawn)
-    if model.pre_process and model.config.recompute_granularity == "full":
+    if model.pre_process and model.config.recompute_granularity is not None:
         # What is recomputed must have an input with a gradient, or autograd passes it over.
         model.embedding.register_forward_hook(_want_gradient)
 

@@ -43,8 +43,10 @@ class Made(NamedTuple):
         return found
 
 
-def make_adapters(base: Path, root: Path, dtype: torch.dtype = torch.float32) -> Made:
-    """Adapters on every linear layer of the Hugging Face folder `base`."""
+def make_adapters(
+    base: Path, root: Path, dtype: torch.dtype = torch.float32, weights: Path | None = None
+) -> Made:
+    """Adapters on every linear layer of the Hugging Face folder `base`, or of it as `weights`."""
     config = hf_folder.read_json(base / "config.json", "config")
     spec = spec_from_hf(config)
     pairs, state = _draw(base, spec, dtype)
@@ -57,8 +59,9 @@ def make_adapters(base: Path, root: Path, dtype: torch.dtype = torch.float32) ->
     ]
     with progress_bar("write", total, False) as bar:
         write_state(checkpoint / "state", chunks, bar)
-    weights = fingerprint(folders.hash_files(base, weight_files(base)))
-    entry = {"path": os.path.abspath(base), "weights_xxh3_128": weights}
+    named = weights or base
+    checksum = fingerprint(folders.hash_files(named, weight_files(named)))
+    entry = {"path": os.path.abspath(named), "weights_xxh3_128": checksum}
     folders.write_manifest(
         checkpoint,
         kind="training",

@@ -19,7 +19,7 @@ from megatron_deft.convert.state import load_model
 from megatron_deft.errors import UserError
 from megatron_deft.models.adapters import adapters_alone
 from tests.convert.adapters import ADAPTERS, Made, make_adapters
-from tests.convert.tiny_models import CONFIGS, logits, make, tensors
+from tests.convert.tiny_models import CONFIGS, assert_same_tensors, logits, make, tensors
 
 DENSE = ("llama_biases_odd_vocab", "gemma2", "phi3_partial", "glm4", "qwen3_tied")
 EXPERTS = "qwen3_moe_mixed"
@@ -46,6 +46,16 @@ def test_the_merged_model_is_that_of_float64(
     before = tensors(made[case].base)
     changed = {name for name in out if not torch.equal(out[name], before[name])}
     assert changed == {f"{module}.weight" for module in made[case].pairs}
+
+
+def test_a_base_in_our_form_gives_the_same(made: dict[str, Made], tmp_path: Path) -> None:
+    base = made["glm4"].base
+    case = make_adapters(base, tmp_path, weights=import_hf(base, tmp_path / "w", verify=False))
+    ours, theirs = (
+        tensors(export_hf(checkpoint, tmp_path / name))
+        for name, checkpoint in (("ours", case.checkpoint), ("theirs", made["glm4"].checkpoint))
+    )
+    assert_same_tensors(ours, theirs)
 
 
 def test_a_bf16_weight_is_rounded_once(tmp_path: Path) -> None:

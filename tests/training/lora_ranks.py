@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from megatron.core import dist_checkpointing
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,6 +52,15 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+def _is_alike(parameter: torch.Tensor) -> bool:
+    """Whether every tensor rank has the same, unless it is cut among them."""
+    group = parallel_state.get_tensor_model_parallel_group()
+    held = [torch.empty_like(parameter) for _ in range(group.size())]
+    dist.all_gather(held, parameter.detach(), group=group)
+    is_cut = getattr(parameter, "tensor_model_parallel", False)
+    return is_cut or all(torch.equal(other, held[0]) for other in held)
+
+
 class Seen(NamedTuple):
     """What a run's first step does on one rank. Numbers and bytes are of what is trained."""
 
@@ -60,6 +70,7 @@ class Seen(NamedTuple):
     state_bytes: int
     made: set[tuple[int, ...]]
     frozen_changed: list[str]
+    replicas_differ: list[str]  # after two steps, what tensor ranks hold alike
 
 
 def look(rank: int, world: int, configs: list[RunConfig]) -> list[Seen]:
@@ -85,6 +96,7 @@ def _look(cfg: RunConfig, world: int) -> Seen:
         val_loss = trainer.validate()["val_loss"]
         with MadeShapes() as made:
             trainer.step()
+        trainer.step()
         buffers = [b for chunk in trainer.ddp for b in chunk.buffers]
         states = [
             value
@@ -100,6 +112,7 @@ def _look(cfg: RunConfig, world: int) -> Seen:
             sum(value.nbytes for value in states),
             made.shapes,
             [name for name, p in named if name in frozen and not torch.equal(p, frozen[name])],
+            [name for name, p in named if p.requires_grad and not _is_alike(p)],
         )
     finally:
         platform.shutdown()

@@ -31,6 +31,7 @@ from tests.training.test_layouts import (
     step_folder,
 )
 
+DROPOUT: Keys = {"lora.dropout": 0.2}
 FULL: Keys = {"model.recompute": "full"}
 LORA: Keys = {**COMMON_KEYS, "lora.rank": 3, "lora.alpha": 5, "optim.lr": 0.02, "train.steps": 3}
 RUNS: dict[str, Run] = {
@@ -38,7 +39,7 @@ RUNS: dict[str, Run] = {
     "dense TP2 sequence": Run("dense", SEQUENCE | OVERLAP),
     "dense VPP2 packed": Run("dense", VPP2 | PACKED),
     "dense PP2 CP2": Run("dense", PP2 | CP2 | PLAIN, (TP2 | PLAIN,)),
-    "dense bf16": Run("dense", SEQUENCE | PP2 | BF16, (TP2,)),
+    "dense bf16 dropout": Run("dense", SEQUENCE | PP2 | BF16 | DROPOUT, (SEQUENCE | PP2,)),
     "experts TP2 EP2": Run("experts", SEQUENCE | EP2, (PP2 | EP2,)),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
@@ -91,7 +92,7 @@ def seen(trained: Path) -> dict[tuple[str, int], set[int]]:
         start = step_folder(moved_to(trained, name, number - 1), 2)
         keys = {**LORA, "train.save_at_end": "false", "train.save_every": "null"}
         keys |= {"train.resume": start, **run.hops[number - 1]}
-        keys |= {key: value for key, value in run.keys.items() if key in (*PLAIN, *BF16)}
+        keys |= {key: value for key, value in run.keys.items() if key in (*PLAIN, *BF16, *DROPOUT)}
         configs[name, number] = config(trained / run.model, moved_to(trained, name, number), **keys)
     ranks = run_ranks(RANKS, move, configs)
     return {hop: set().union(*(rank[hop] for rank in ranks)) for hop in configs}
@@ -112,4 +113,6 @@ def test_adapters_move_bit_for_bit_and_training_goes_on(
     }
     assert_same_tensors(after, before)
     resumed, uninterrupted = (curve(moved_to(trained, name, n))[-1] for n in (number, 0))
-    assert resumed == pytest.approx(uninterrupted, rel=2e-2 if "bf16" in name else 1e-4)
+    if "dropout" in name:  # at the same layout, which draws on
+        assert resumed == uninterrupted
+    assert resumed == pytest.approx(uninterrupted, rel=1e-4)

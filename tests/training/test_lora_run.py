@@ -18,13 +18,13 @@ from tests.training.test_layouts import state
 
 HEAD = (304, 32)  # the output layer and the embedding, padded
 RANK = {"lora.rank": 2}
-ONE_STEP = {"objective": "nll", "train.steps": 1, "optim.warmup_ratio": 0}
+TWO_STEPS = {"objective": "nll", "train.steps": 2, "optim.warmup_ratio": 0}
 
 
 @pytest.fixture(scope="module")
 def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     root = tmp_path_factory.mktemp("look")
-    keys = {**ONE_STEP, "data.val_files": f"[{base / 'val.jsonl'}]", "optim.lr": 0.1}
+    keys = {**TWO_STEPS, "data.val_files": f"[{base / 'val.jsonl'}]", "optim.lr": 0.1}
     plain = {"loss.fused_linear": "false"}
     fused = {"loss.fused_linear": "true"}
     changes: dict[str, dict[str, Any]] = {
@@ -32,7 +32,7 @@ def seen(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen
         "whole fused": fused,
         "adapters": RANK | plain,
         "adapters fused": RANK | fused,
-        "TP2 PP2": RANK | {"parallel.tensor": 2, "parallel.pipeline": 2},
+        "TP2 PP2": RANK | {"parallel.tensor": 2, "parallel.pipeline": 2, "lora.dropout": 0.3},
     }
     configs = {name: config(base, root / name, **keys, **own) for name, own in changes.items()}
     *one, last = configs.values()
@@ -64,6 +64,11 @@ def test_adapters_alone_have_gradients_and_state(base: Path, seen: dict[str, See
         assert 4 * number <= found.gradient_bytes < 4 * number + 4096
         assert 8 * number <= found.state_bytes < 8 * number + 8192
     assert not seen["adapters"].frozen_changed
+
+
+def test_what_tensor_ranks_share_stays_alike(seen: dict[str, Seen]) -> None:
+    """With dropout: the inputs of a column-parallel layer are dropped alike."""
+    assert not seen["TP2 PP2"].replicas_differ
 
 
 def test_no_gradient_of_a_frozen_head_or_embedding_is_made(seen: dict[str, Seen]) -> None:
