@@ -53,7 +53,6 @@ def with_adapter(linear: type, adapters: Adapters) -> type:
             self._is_expert, self._sequence = is_expert, config.sequence_parallel
             self._stride = kwargs.get("stride", 1)  # 2: gate above up
             ranks = self._group.size()
-            assert ranks == 1 or self._sequence or not is_expert, "see config/checks.py"
             sizes = {A: (adapters.rank, input_size), B: (output_size, adapters.rank)}
             self._axes = {A: 1} if self._is_row else {B: 0}  # what is cut among the ranks
             for name, size in sizes.items():
@@ -64,20 +63,37 @@ def with_adapter(linear: type, adapters: Adapters) -> type:
                     torch.zeros(shape, dtype=config.params_dtype, device=device())
                 )
                 if axis is None:
-                    # Each rank makes the gradient of its part of the sequence, or for an expert
-                    # of its part of the channels; finalize_model_grads sums those so marked.
-                    parameter.sequence_parallel = self._sequence  # type: ignore[attr-defined]
+                    # Each rank makes the gradient of its part of the sequence;
+                    # finalize_model_grads sums those so marked over the tensor ranks.
+                    in_parts = self._sequence and not is_expert
+                    parameter.sequence_parallel = in_parts  # type: ignore[attr-defined]
+                    if is_expert and self._group.rank() == 0:
+                        # Or the gradient norm would count it on the first tensor rank alone, and
+                        # the others may have other experts.
+                        set_tensor_model_parallel_attributes(parameter, True, 0, 1)
                 else:
                     stride = self._stride if name == B else 1
                     set_tensor_model_parallel_attributes(parameter, True, axis, stride)
-                is_shared = is_expert and config.expert_model_parallel_size > 1
-                parameter.allreduce = not is_shared  # type: ignore[attr-defined]
+                # which ranks have the same: those that have the same weight
+                is_whole = getattr(self.weight, "allreduce", True)
+                parameter.allreduce = is_whole  # type: ignore[attr-defined]
                 self.register_parameter(name, parameter)
 
         def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
             output, bias = super().forward(input_, *args, **kwargs)
-            narrow = self._among_ranks(F.linear(self._dropped(input_), self.lora_a))
-            return torch.add(output, F.linear(narrow, self.lora_b), alpha=adapters.scale), bias
+            a, b = self._factors()
+            narrow = self._among_ranks(F.linear(self._dropped(input_), a))
+            return torch.add(output, F.linear(narrow, b), alpha=adapters.scale), bias
+
+        def _factors(self) -> tuple[Tensor, Tensor]:
+            if not self._is_expert:
+                return self.lora_a, self.lora_b
+            # The identity; backward, each rank of an expert gave the gradient of its channels. They
+            # may be fewer than the tensor ranks, over which finalize_model_grads would sum.
+            share = mappings.copy_to_tensor_model_parallel_region
+            if self._is_row:
+                return self.lora_a, share(self.lora_b, self._group)
+            return share(self.lora_a, self._group), self.lora_b
 
         def _dropped(self, input_: Tensor) -> Tensor:
             if not adapters.dropout or not self.training:

@@ -13,8 +13,10 @@ from tests.training.test_layouts import (
     COMMON_KEYS,
     CP2,
     EP2,
+    EP4,
+    ETP1,
     FUSED,
-    OVERLAP,
+    GATHER,
     PACKED,
     PLAIN,
     PP2,
@@ -36,11 +38,12 @@ FULL: Keys = {"model.recompute": "full"}
 LORA: Keys = {**COMMON_KEYS, "lora.rank": 3, "lora.alpha": 5, "optim.lr": 0.02, "train.steps": 3}
 RUNS: dict[str, Run] = {
     "dense TP2 PP2": Run("dense", TP2 | PP2 | FULL | FUSED, (SEQUENCE, {})),
-    "dense TP2 sequence": Run("dense", SEQUENCE | OVERLAP),
+    "dense TP2 sequence": Run("dense", SEQUENCE | GATHER),
     "dense VPP2 packed": Run("dense", VPP2 | PACKED),
     "dense PP2 CP2": Run("dense", PP2 | CP2 | PLAIN, (TP2 | PLAIN,)),
     "dense bf16 dropout": Run("dense", SEQUENCE | PP2 | BF16 | DROPOUT, (SEQUENCE | PP2,)),
     "experts TP2 EP2": Run("experts", SEQUENCE | EP2, (PP2 | EP2,)),
+    "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4 | GATHER),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
 
