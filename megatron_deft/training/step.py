@@ -92,3 +92,14 @@ def forward_step(
         return output, partial(loss_function, batch, packed)
 
     return run
+
+
+def path_of_loss(attachment: Attachment, chunks: Sequence[Any]) -> str:
+    """What the loss is made from, in the words of the last pipeline stage, which makes it.
+
+    chunks: this rank's, unwrapped; every rank calls it
+    """
+    paths: list[str] = [""] * dist.get_world_size()
+    is_last = any(chunk.post_process for chunk in chunks)
+    dist.all_gather_object(paths, attachment.path if is_last else "")
+    return next(path for path in paths if path)

@@ -49,7 +49,7 @@ from megatron_deft.training.saving import Companions, Saver, little_room
 from megatron_deft.training.schedule import learning_rate
 from megatron_deft.training.spikes import Spikes, recent_losses
 from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums, sums_size
-from megatron_deft.training.step import StepDenominator, forward_step
+from megatron_deft.training.step import StepDenominator, forward_step, path_of_loss
 from megatron_deft.training.throughput import peak_tflops, throughput
 
 
@@ -168,11 +168,12 @@ class Trainer:
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
         )
         say(adapters.trained_numbers(self.spec, adapters.adapters_of(cfg)))
-        say(f"loss from {self._path_of_loss()}")
+        say(f"loss from {path_of_loss(self.attachment, self.model)}")
         if self.peak is not None:
             say(f"mfu: of {self.peak:g} TFLOP/s for each {device_name()}")
         if cfg.train.save_every or cfg.train.save_at_end:
-            self._warn_of_little_room(bytes_to_save(cfg, self.optimizer))
+            if warning := little_room(self.run_dir, bytes_to_save(cfg, self.optimizer)):
+                say(f"warning: {warning}")
         log = None
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
@@ -315,13 +316,6 @@ class Trainer:
             self.bad_steps.write(step, self.data.train, rows)
         say(f"warning: {warning}")
 
-    def _path_of_loss(self) -> str:
-        """What the loss is made from, in the words of the last pipeline stage, which makes it."""
-        paths: list[str] = [""] * dist.get_world_size()
-        is_last = any(chunk.post_process for chunk in self.model)
-        dist.all_gather_object(paths, self.attachment.path if is_last else "")
-        return next(path for path in paths if path)
-
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The objective and its statistics over the validation data, named val_*."""
@@ -399,10 +393,7 @@ class Trainer:
         self.files = saved.folder / "hf"
         waited = f", training waited {saved.waited:.1f} s" * self.cfg.checkpoint.async_save
         say(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
-        self._warn_of_little_room(saved.bytes)
+        if warning := little_room(self.run_dir, saved.bytes):
+            say(f"warning: {warning}")
         if dist.get_rank() == 0:
             self.exports.saved(saved.folder, saved.step == self.data.total_steps)
-
-    def _warn_of_little_room(self, needed: int) -> None:
-        if dist.get_rank() == 0 and (warning := little_room(self.run_dir, needed)):
-            say(f"warning: {warning}")

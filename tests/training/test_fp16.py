@@ -86,7 +86,7 @@ def scaled(*found: bool, lowest: float = 4.0) -> tuple[Any, LossScale]:
         return any(found)
 
     optimizer: Any = SimpleNamespace(chained_optimizers=parts, prepare_grads=prepare)
-    return optimizer, LossScale(optimizer)
+    return optimizer, LossScale(optimizer, SimpleNamespace())
 
 
 @pytest.mark.parametrize("found", [(False, True), (True, False), (True,), (True, True)])
