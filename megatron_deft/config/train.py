@@ -101,6 +101,11 @@ class TrainConfig(Section):
     )  # fmt: skip
 
     @property
+    def saves(self) -> bool:
+        """Whether the run writes checkpoints of itself."""
+        return self.save_every is not None or self.save_at_end
+
+    @property
     def exit_seconds(self) -> float | None:
         """exit_duration in seconds."""
         return None if self.exit_duration is None else seconds(self.exit_duration)

@@ -171,9 +171,9 @@ class Trainer:
         say(f"loss from {path_of_loss(self.attachment, self.model)}")
         if self.peak is not None:
             say(f"mfu: of {self.peak:g} TFLOP/s for each {device_name()}")
-        if cfg.train.save_every or cfg.train.save_at_end:
-            if warning := little_room(self.run_dir, bytes_to_save(cfg, self.optimizer)):
-                say(f"warning: {warning}")
+        needed = bytes_to_save(cfg, self.optimizer)
+        if cfg.train.saves and (warning := little_room(self.run_dir, needed)):
+            say(f"warning: {warning}")
         log = None
         if dist.get_rank() == 0:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
