@@ -87,7 +87,10 @@ exec 3>&-
 pass_on() {
   signalled=yes
   pkill "-$1" -P "$agent" || true
+  [ "$1" != TERM ] || terms=$((terms + 1))
+  [ "$terms" -lt 2 ] || kill -TERM "$agent" # or it would start again what it stopped
 }
+terms=0
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 code=0 signalled=yes

@@ -101,7 +101,7 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
         try:
             agent = _agent(command, nodes, folder)
             stays_open = False
-            _forward_signals()
+            _forward_signals(agent)
             try:
                 result = agent.run()
             except SignalException as error:
@@ -187,7 +187,7 @@ def _agent(command: Sequence[str], nodes: Nodes, folder: str) -> LocalElasticAge
     return Agent(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=PATIENCE)
 
 
-def _forward_signals() -> None:
+def _forward_signals(agent: LocalElasticAgent) -> None:
     """Hand SIGTERM and SIGUSR1 on to the ranks, which save and end with exit code 0.
 
     torchrun's agent would kill them 30 seconds later, however long the save takes, and fail. A
@@ -196,6 +196,7 @@ def _forward_signals() -> None:
     import psutil
 
     def forward(number: int, frame: object) -> None:
+        agent._remaining_restarts = 0  # ranks that are told to stop must not start again
         ranks = psutil.Process().children()
         for rank in ranks:
             with suppress(psutil.NoSuchProcess):
