@@ -52,7 +52,7 @@ ROOMS = {
     "report": {"errors", "files", "options", "evaluation"},
     "launch": {"errors"},
     "one_click": {"errors", "files", "options", "objectives", "config", "launch", "published"},
-    "doctor": {"ops", "models", "platform"},
+    "doctor": {"errors", "ops", "models", "platform"},
 }  # fmt: skip
 TOP = {"cli", "train", "__init__", "__main__"}  # may import everything
 

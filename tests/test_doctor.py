@@ -1,14 +1,28 @@
 """The doctor: what it finds here, and what it says when something is missing."""
 
 import json
+import re
+import resource
+import shutil
 import sys
 from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 
-from megatron_deft import doctor
+from megatron_deft import doctor, ops
 from megatron_deft.cli import main
-from megatron_deft.doctor import Finding, examine, healthy, report
+from megatron_deft.doctor import PACKAGES, Finding, Package, examine, healthy, is_known, report
+from megatron_deft.models import spec
+from megatron_deft.ops import native
+
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def used() -> dict[str, Finding]:
+    return {finding.name: finding for finding in examine() if finding.kind == doctor.USED}
 
 
 def test_here_everything_required_is_found():
@@ -33,8 +47,6 @@ def test_a_missing_required_package_is_named_with_its_remedy(monkeypatch):
 
 
 def test_without_the_extension_it_says_how_to_build_it(monkeypatch):
-    from megatron_deft.ops import native
-
     monkeypatch.setattr(native, "_C", None)
     finding = next(f for f in examine() if f.name == "megatron_deft._C")
     assert "pip install --no-build-isolation -e ." in finding.remedy
@@ -58,3 +70,89 @@ def test_as_json(capsys):
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [Finding(**line) for line in found] == examine()
+
+
+def test_what_a_run_uses_here():
+    findings = used()
+    kernels = f"compiled kernels, {native.instruction_set()}"
+    assert findings["loss on cpu"].found == kernels
+    assert findings["attention"].found == "megatron_deft (TorchAttention)"
+    assert findings["optimizer"].found == "Adam of torch"
+    assert findings["distributed"].found == "gloo"
+
+
+def test_it_asks_what_a_run_asks(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setenv("MEGATRON_DEFT_OPS", "reference")
+    parts = spec.Parts(*[torch.nn.Linear] * 3, attention=torch.nn.Bilinear)
+    monkeypatch.setattr(spec, "parts", lambda: parts)
+    findings = used()
+    assert findings["loss on cpu"].found == "plain torch operators"
+    assert findings["attention"].found == "torch (Bilinear)"
+
+
+def test_kernels_that_are_asked_for_and_missing_are_wrong(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setenv("MEGATRON_DEFT_OPS", "native")
+    findings = examine()
+    assert not healthy(findings)
+    assert "wrong: loss on cpu: MEGATRON_DEFT_OPS=native, but the extension" in report(findings)
+
+
+def test_the_error_of_transformer_engine_is_shown(monkeypatch, tmp_path):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").touch()
+    broken = "raise RuntimeError('built for\\nanother torch')"
+    (tmp_path / "transformer_engine" / "pytorch.py").write_text(broken)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "transformer_engine", raising=False)
+    ask = spec.obstacle_to_transformer_engine.__wrapped__
+    assert ask() == "there is no GPU"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        obstacle = ask()
+        assert obstacle == "it does not import: built for\nanother torch"
+        shutil.rmtree(tmp_path / "transformer_engine")
+        patch.delitem(sys.modules, "transformer_engine")
+        assert ask() == "it is not installed"
+    monkeypatch.setitem(sys.modules, "transformer_engine", None)
+    monkeypatch.setattr(spec, "obstacle_to_transformer_engine", lambda: obstacle)
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.9.0")
+    findings = [f for f in examine() if f.name == "transformer-engine"]
+    assert [f.found for f in findings] == [
+        "2.9.0",
+        "not used: it does not import: built for another torch",
+    ]
+    assert findings[1].remedy
+
+
+@pytest.mark.parametrize(
+    ("version", "known"),
+    [("4.57", True), ("4.56.9", False), ("5.23.4", True), ("5.24.0.dev1", False), ("5.0rc1", True)],
+)
+def test_versions_that_are_known_to_work(monkeypatch, version, known):
+    package = Package("transformers", "", "", oldest="4.57", newest="5.23")
+    assert is_known(package, version) == known
+    present = doctor._version
+    changed = {"transformers": version}
+    monkeypatch.setattr(doctor, "_version", lambda name: changed.get(name) or present(name))
+    text = report(examine())
+    assert ("warning: transformers: not tried; known to work: 4.57 to 5.23" in text) != known
+    assert "everything required is here" in text
+
+
+def test_the_versions_are_those_of_the_package():
+    asked = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?[>=]=([\d.]+)"', PYPROJECT.read_text()))
+    for package in PACKAGES:
+        assert package.oldest == asked.get(package.name), package.name
+
+
+def test_limits_of_the_machine(monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=64 << 20))
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (1024, 2048))
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    findings = {finding.name: finding for finding in doctor._machine(gpu=False)}
+    assert "--shm-size" in findings["/dev/shm"].remedy
+    assert findings["open files"].remedy == "ulimit -n 65536"
+    assert findings["GPU"].found.startswith("not used: torch")

@@ -51,18 +51,27 @@ TORCH_PARTS = Parts(RMSNorm, ColumnParallelLinear, RowParallelLinear, TorchAtten
 
 
 @cache
-def has_transformer_engine() -> bool:
-    """Whether there is a GPU and TransformerEngine imports on it.
+def obstacle_to_transformer_engine() -> str:
+    """Why TransformerEngine's parts are not used, or "" if they are.
 
     It raises RuntimeError, not ImportError, when it finds no driver or another torch.
     """
     if not torch.cuda.is_available():
-        return False
+        return "there is no GPU"
     try:
         import transformer_engine.pytorch  # noqa: F401
-    except (ImportError, OSError, RuntimeError):
-        return False
-    return True
+    except ModuleNotFoundError as error:
+        if error.name == "transformer_engine":
+            return "it is not installed"
+        return f"it does not import: {error}"
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"it does not import: {error}"
+    return ""
+
+
+def has_transformer_engine() -> bool:
+    """Whether there is a GPU and TransformerEngine imports on it."""
+    return not obstacle_to_transformer_engine()
 
 
 def parts() -> Parts:
