@@ -166,18 +166,31 @@ def _loss_kernels(gpu: bool) -> Iterator[Finding]:
 
 
 def _layers() -> Iterator[Finding]:
-    """The parts of a layer, as models/spec.py chooses them, and megatron-core's Adam."""
+    """The parts of a layer, as models/spec.py chooses them, megatron-core's Adam, and what a GPU
+    and NVIDIA's packages would add."""
     from megatron_deft.platform import backend, import_megatron
 
     import_megatron()
-    from megatron.core import optimizer
 
+    from megatron_deft.models.accelerators import (
+        FP8_RECIPES,
+        adam_source,
+        obstacle_to_fp8,
+        obstacle_to_gradient_accumulation_fusion,
+    )
     from megatron_deft.models.spec import obstacle_to_transformer_engine, parts
 
     for name, part in asdict(parts()).items():
         yield Finding(name.replace("_", " "), f"{_package(part)} ({part.__name__})", kind=USED)
-    yield Finding("optimizer", f"Adam of {_package(optimizer.Adam)}", kind=USED)
+    yield Finding("optimizer", f"Adam of {adam_source()}", kind=USED)
     yield Finding("distributed", backend(), kind=USED)
+    obstacles = {recipe: obstacle_to_fp8(recipe) for recipe in FP8_RECIPES}
+    able = ", ".join(recipe for recipe, obstacle in obstacles.items() if not obstacle)
+    no_fp8 = "; ".join(dict.fromkeys(obstacles.values()))
+    yield Finding("FP8", able or f"not possible: {no_fp8}", kind=USED)
+    no_fusion = obstacle_to_gradient_accumulation_fusion()
+    found = f"no: {no_fusion}" if no_fusion else "yes"
+    yield Finding("gradient accumulation fusion", found, kind=USED)
     obstacle = obstacle_to_transformer_engine()
     if obstacle and _version("transformer-engine"):
         remedy = "" if obstacle == "there is no GPU" else "build it for this torch and driver"

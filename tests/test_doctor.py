@@ -47,6 +47,7 @@ def test_a_missing_required_package_is_named_with_its_remedy(monkeypatch):
 
 
 def test_without_the_extension_it_says_how_to_build_it(monkeypatch):
+    monkeypatch.setattr(ops, "_chosen", {})
     monkeypatch.setattr(native, "_C", None)
     finding = next(f for f in examine() if f.name == "megatron_deft._C")
     assert "pip install --no-build-isolation -e ." in finding.remedy
@@ -78,6 +79,8 @@ def test_what_a_run_uses_here():
     assert findings["loss on cpu"].found == kernels
     assert findings["attention"].found == "megatron_deft (TorchAttention)"
     assert findings["optimizer"].found == "Adam of torch"
+    assert findings["FP8"].found == "not possible: it needs a GPU, and there is none"
+    assert findings["gradient accumulation fusion"].found.startswith("no: it needs a GPU")
     assert findings["distributed"].found == "gloo"
 
 
