@@ -17,6 +17,7 @@ from megatron_deft.processes import outlive_signals
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 REASONS = (*(number.name for number in SIGNALS), "train.exit_duration")
+END = 0  # no signal's number: the listener ends
 ECHO = 2.0  # seconds in which a SIGTERM is the same one: a launcher forwards what all ranks got
 
 
@@ -63,8 +64,10 @@ class Preemption(AbstractContextManager["Preemption"]):
             signal.signal(number, handler)  # type: ignore[arg-type]
         self._undo = []
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._writer)
+        # not by closing the pipe, which readers of data that were forked hold open
+        os.write(self._writer, bytes([END]))
         self._thread.join()
+        os.close(self._writer)
 
     def flags(self) -> list[bool]:
         """Which of REASONS there are to stop after this step; once per step.
@@ -85,7 +88,9 @@ class Preemption(AbstractContextManager["Preemption"]):
         self._has_saved = True
 
     def _listen(self, reader: int) -> None:
-        while numbers := os.read(reader, 64):
+        numbers = b""
+        while END not in numbers:
+            numbers = os.read(reader, 64)
             for number in numbers:
                 if number in SIGNALS:
                     self._note(signal.Signals(number).name)
