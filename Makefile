@@ -2,7 +2,7 @@
 # make test         the test suite, in JOBS=2 processes; in one: .venv/bin/python -m pytest
 # make test-transformers4   the tests of conversion under transformers 4.57, and between it and 5
 # make test-nemo    NeMo 2's checkpoints, recipes and training loop, in an environment of its own
-# make matrix       every objective in every layout, 4 processes, against one process, into MATRIX
+# make matrix      every objective in every layout, 4 processes, against one, into MATRIX; 10 minutes
 # make lint         ruff and mypy
 # make bench        time and memory of the loss on this CPU, into RESULT
 # make bench-head   time and memory of the language-model head with its loss, into RESULT

@@ -29,6 +29,8 @@ from tests.training.matrix import (
 )
 from tests.training.ranks import config, metrics, train_groups
 
+ROOT = Path(__file__).parents[2]
+RECORDED = ROOT / "tools" / "bench_results" / "matrix.json"
 MATRIX = os.environ.get("MATRIX")
 TRAINED = CELLS if MATRIX else some()
 # relative, of the first step and of the second, whose weights the first has changed
@@ -99,8 +101,17 @@ def test_every_objective_trains_in_every_layout_as_in_one_process(folder: Path) 
         cells = {n: {o: {p: outcomes[n, o, p] for p in PATHS} for o in OBJECTIVES} for n in LAYOUTS}
         about = {"machine": machine("cpu"), "commit": commit(), "steps": STEPS}
         Path(MATRIX).write_text(json.dumps(about | {"cells": cells}, indent=1) + "\n")
-    for cell, how in outcomes.items():
-        assert " of step " not in how, cell
+    recorded = json.loads(Path(MATRIX or RECORDED).read_text())["cells"]
+    for (layout, objective, path), how in outcomes.items():
+        assert how == recorded[layout][objective][path], (layout, objective, path)
+        assert " of step " not in how, (layout, objective, path)
+
+
+def test_the_readme_has_the_table_of_the_committed_run() -> None:
+    recorded = json.loads(RECORDED.read_text())
+    cells = [(n, o, p) for n, row in recorded["cells"].items() for o in row for p in row[o]]
+    assert cells == list(CELLS)
+    assert f"\n{markdown(recorded)}\n" in (ROOT / "README.md").read_text()
 
 
 def test_a_refusal_stands_in_the_table_with_its_reason() -> None:
