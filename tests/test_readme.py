@@ -71,6 +71,7 @@ def test_every_command_parses() -> None:
     [
         "quickstart",
         "test",
+        "matrix",
         "test-transformers4",
         "lint",
         "bench",
