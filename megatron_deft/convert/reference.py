@@ -164,7 +164,7 @@ def _without_weights(config: Any) -> Any:
 
     with _parameters_on_meta():
         model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="eager"
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
         )
     lost = [name for name, buffer in model.named_buffers() if buffer.is_meta]
     assert not lost, f"buffers without values: {lost}"

@@ -100,14 +100,17 @@ def test_a_run(trained: Path) -> None:
     assert found.origin["step"] == 2
     assert found.origin["objective"] == "dft"
     assert found.origin["samples"] == 8
-    sizes = ("tensor", "pipeline", "virtual", "expert", "data")
+    sizes = ("tensor", "pipeline", "virtual", "expert", "expert_tensor", "data")
     assert found.origin["layout"] == dict.fromkeys(sizes, 1)
     assert found.origin["data"][0].endswith("train.jsonl")
     assert found.optimizer
     values = {e.name: e for e in found.tensors}
     assert values["decoder.final_layernorm.weight"].shape == (32,)
     text = describe(found)
-    assert "layout           tensor 1, pipeline 1, virtual 1, expert 1, data 1" in text
+    assert (
+        "layout           tensor 1, pipeline 1, virtual 1, expert 1, expert_tensor 1, data 1"
+        in text
+    )
     assert "optimizer state  " in text
     assert "optimizer state  none" not in text
 

@@ -34,7 +34,8 @@ def test_every_load_says_no_and_no_shell_is_started() -> None:
     for name, call in calls():
         keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
         assert keywords.get("shell", "False") == "False", ast.unparse(call)
-        assert name not in ("getoutput", "getstatusoutput", "popen", "eval", "exec"), name
+        assert name not in ("getoutput", "getstatusoutput", "popen"), ast.unparse(call)
+        assert ast.unparse(call.func) not in ("eval", "exec"), ast.unparse(call)
         assert not ast.unparse(call.func).startswith("os.system"), ast.unparse(call)
         assert keywords.get("trust_remote_code", "False") == "False", ast.unparse(call)
         assert keywords.get("weights_only", "True") == "True", ast.unparse(call)
@@ -67,5 +68,5 @@ def test_code_beside_a_model_is_refused(
     with pytest.raises(UserError) as caught:
         load(model)
     assert "\n" not in str(caught.value)
-    assert "trust_remote_code" in str(caught.value)
+    assert "custom code" in str(caught.value)
     assert not mark.exists()
