@@ -370,7 +370,8 @@ def test_evaluate_calls(monkeypatch, capsys):
 def test_doctor_exit_code(monkeypatch, capsys, healthy):
     from megatron_deft import doctor
 
-    finding = doctor.Finding("torch", "2", "" if healthy else "pip install torch", required=True)
+    found, remedy = ("2", "") if healthy else ("not installed", "pip install torch")
+    finding = doctor.Finding("torch", found, remedy, required=True)
     monkeypatch.setattr(doctor, "examine", lambda: [finding])
     assert main(["doctor"]) == (0 if healthy else 1)
     assert ("missing, required" in capsys.readouterr().out) is not healthy
