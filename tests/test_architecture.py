@@ -32,14 +32,15 @@ ROOMS = {
     "loss": {"errors", "objectives", "ops"},
     "platform": {"errors"},
     "models": {"errors", "loss", "platform"},
-    "data": {"errors", "files", "hf_files", "options", "processes", "config"},
+    "data": {"errors", "files", "hashing", "hf_files", "options", "processes", "config"},
     "integrations": {"errors", "objectives", "loss", "published"},
     "convert": {
         "errors", "files", "hashing", "hf_files", "checkpoint_folder", "platform", "models",
         "integrations", "revision",
     },
     "evaluation": {
-        "errors", "files", "checkpoint_folder", "options", "processes", "data", "platform",
+        "errors", "files", "hashing", "checkpoint_folder", "options", "processes", "data",
+        "platform",
     },
     "training": {
         "errors", "files", "hashing", "checkpoint_folder", "config", "data", "convert", "models",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -141,11 +141,16 @@ def measure_all(
                 save(args.json, report)  # a run that is stopped leaves what it has measured
         finally:
             peers.close()
+    return conclude(report, args, "WRONG, so not measured")
+
+
+def conclude(report: Mapping[str, Any], args: Namespace, wrong: str) -> int:
+    """Print the budgets and what was `wrong`; the exit code, 1 for that, or as --strict asks."""
     print(budget_table(report["budgets"]))
     if args.json:
         print(f"\n{args.json}: everything measured")
     for line in report["wrong"]:
-        log.error("WRONG, so not measured: %s", line)
+        log.error("%s: %s", wrong, line)
     unmet = args.strict and not all(line["met"] for line in report["budgets"])
     return 1 if report["wrong"] or unmet else 0
 

@@ -23,7 +23,8 @@ from megatron_deft.benchmarks.arguments import REPETITIONS, TRAIN_PLANS, TrainPl
 from megatron_deft.benchmarks.budgets import Row
 from megatron_deft.benchmarks.data_parts import write_even
 from megatron_deft.benchmarks.peers import version
-from megatron_deft.benchmarks.report import budget_table, columns, number, save
+from megatron_deft.benchmarks.report import columns, number, save
+from megatron_deft.benchmarks.shared import conclude
 from megatron_deft.benchmarks.timing import summary
 from megatron_deft.benchmarks.train_contenders import CONTENDERS, WHAT
 from megatron_deft.data.tiny import make_tiny_llama
@@ -63,14 +64,8 @@ def run(args: Namespace) -> int:
     report["load"]["after"] = os.getloadavg()[0]
     report["complete"] = set(names) == set(CONTENDERS)
     print(_table(plan, report["rows"]), end="\n\n")
-    print(budget_table(report["budgets"]))
     save(args.json, report)
-    if args.json:
-        print(f"\n{args.json}: everything measured")
-    for line in report["wrong"]:
-        log.error("WRONG: %s", line)
-    unmet = args.strict and not all(line["met"] for line in report["budgets"])
-    return 1 if report["wrong"] or unmet else 0
+    return conclude(report, args, "WRONG")
 
 
 def _settings(args: Namespace) -> tuple[TrainPlan, int, int]:

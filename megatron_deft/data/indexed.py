@@ -25,12 +25,12 @@ from megatron_deft.data.manifest import (
     INDEX,
     TOKENS,
     WEIGHTS,
-    fingerprint,
     read_manifest,
     write_manifest,
 )
 from megatron_deft.data.samples import Encoded
 from megatron_deft.errors import UserError
+from megatron_deft.hashing import hash_file
 
 # The index: magic, version 1, code of the tokens' dtype, sequences, documents; then the sequences'
 # lengths (int32) and byte offsets (int64), and the first sequence of each document (int64, with the
@@ -226,7 +226,7 @@ def write_set(
         "token_dtype": dtypes[0],
         "weight_dtype": dtypes[1],
     }
-    files[INDEX] = fingerprint(folder / INDEX)
+    files[INDEX] = hash_file(folder / INDEX)
     return write_manifest(folder, {**counts, **about, "files": files})
 
 

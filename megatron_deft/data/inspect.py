@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_deft.data.indexed import open_set
-from megatron_deft.data.manifest import TOKENIZER, fingerprint
+from megatron_deft.data.manifest import TOKENIZER
 from megatron_deft.data.prepare.samples import Counts, Tokeniser
 from megatron_deft.data.prepare.settings import RowSettings, columns_of
 from megatron_deft.data.rows import cut, detect_format, place
@@ -19,6 +19,7 @@ from megatron_deft.data.samples import Encoded
 from megatron_deft.data.task import Task
 from megatron_deft.data.tokenizer import load_tokenizer
 from megatron_deft.errors import UserError
+from megatron_deft.hashing import hash_file
 
 _PERCENTILES = (50, 90, 99)
 _BAR = 40  # characters of the longest bar
@@ -109,7 +110,7 @@ def inspect_set(
         _percentiles(data.lengths),
         _histogram(data.lengths),
         [_shown(own, kind, index, data[index], color) for index in indices],
-        [name for name, made in files.items() if fingerprint(data.path / name) != made],
+        [name for name, made in files.items() if hash_file(data.path / name) != made],
     )
 
 

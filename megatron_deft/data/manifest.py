@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
 from megatron_deft.errors import UserError
 from megatron_deft.files import read_json
 
@@ -17,7 +15,6 @@ VERSION = 1
 KINDS = ("sft", "pretrain")
 TOKENS, INDEX, WEIGHTS = "tokens.bin", "tokens.idx", "weights.bin"
 TOKENIZER = "tokenizer"  # the folder of the tokenizer's files
-_BLOCK = 1 << 22
 _TYPES: dict[str, tuple[type | None, ...]] = {  # what opening a set needs; None: may be null
     **dict.fromkeys(("samples", "tokens", "trained_tokens", "longest"), (int,)),
     **dict.fromkeys(("tokenizer", "files"), (dict,)),
@@ -82,13 +79,3 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     text = json.dumps(whole, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return dict(json.loads(text))  # as it is read again
-
-
-def fingerprint(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file: {bytes, xxh3_128}."""
-    digest, size = xxh3_128(), 0
-    with open(path, "rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-            size += len(block)
-    return {"bytes": size, "xxh3_128": digest.hexdigest()}

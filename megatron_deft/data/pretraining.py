@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from xxhash import xxh3_128
 
-from megatron_deft.data.manifest import MANIFEST, TOKENS, fingerprint, read_manifest
+from megatron_deft.data.manifest import MANIFEST, TOKENS, read_manifest
 from megatron_deft.data.sampler import Indices
 from megatron_deft.data.samples import Encoded
 from megatron_deft.errors import UserError
+from megatron_deft.hashing import hash_file
 
 _LOOKED_AT = 1 << 22  # tokens
 
@@ -175,5 +176,5 @@ def _key(prefix: str) -> str:
     if path.name == Path(TOKENS).stem and (path.parent / MANIFEST).exists():
         found: Any = read_manifest(path.parent)["files"]
     else:
-        found = [Path(f"{prefix}.bin").stat().st_size, fingerprint(Path(f"{prefix}.idx"))]
+        found = [Path(f"{prefix}.bin").stat().st_size, hash_file(Path(f"{prefix}.idx"))]
     return str(xxh3_128(json.dumps(found, sort_keys=True).encode()).hexdigest())

@@ -8,9 +8,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from megatron_deft.data.manifest import fingerprint
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
+from megatron_deft.hashing import hash_file
 
 Key = tuple[int, int]  # the question's number, and which of its samples
 _PREFIX = "generations_"
@@ -116,5 +116,5 @@ def model_identity(folder: Path) -> str:
     state = blake2b(digest_size=16)
     for path in sorted(folder.iterdir()):
         if path.suffix in _SUFFIXES or path.name in _NAMES:
-            state.update(f"{path.name} {fingerprint(path)}\n".encode())
+            state.update(f"{path.name} {hash_file(path)}\n".encode())
     return state.hexdigest()

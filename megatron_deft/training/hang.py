@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from itertools import count
-from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -67,12 +66,7 @@ class HangWatch(AbstractContextManager["HangWatch"]):
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Watch no longer."""
         self._stop.set()
         if self._timeout is not None:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol
 
 from megatron_deft.config import MonitorConfig
@@ -151,12 +150,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         for monitor in self._monitors:
             monitor.close()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Close, also when the block failed."""
         self.close()
 

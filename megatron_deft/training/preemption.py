@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from contextlib import AbstractContextManager, suppress
-from types import TracebackType
 
 import psutil
 
@@ -51,12 +50,7 @@ class Preemption(AbstractContextManager["Preemption"]):
         self._undo = [(number, signal.signal(number, _nothing)) for number in SIGNALS]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Put the handlers back."""
         if not self._undo:
             return

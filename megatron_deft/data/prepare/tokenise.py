@@ -25,7 +25,6 @@ from megatron_deft.data.manifest import (
     TOKENIZER,
     VERSION,
     Count,
-    fingerprint,
     read_manifest,
 )
 from megatron_deft.data.prepare.parts import Stored, find_part, key_of, work_folder, write_part
@@ -51,6 +50,7 @@ from megatron_deft.data.tokenizer import (
 )
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_folder, require_space
+from megatron_deft.hashing import hash_file
 
 __all__ = ["RowSettings", "prepare_set"]
 
@@ -151,7 +151,7 @@ def _about(
     sources = []
     with bar(total=sum(sizes), desc="reading", leave=False) as shown:
         for file in files:
-            sources.append({"file": str(file), **fingerprint(Path(file))})
+            sources.append({"file": str(file), **hash_file(Path(file))})
             shown.update(sources[-1]["bytes"])
     return {
         "megatron_deft": __version__,
