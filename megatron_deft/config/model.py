@@ -166,6 +166,6 @@ class LossConfig(Section):
         "trained tokens alone; auto: with an output layer that allows it and is not tiny", "auto"
     )  # fmt: skip
     chunk_tokens: int | None = key(
-        "rows of logits that exist at a time; null: 40 MiB of them on the CPU; on a GPU 1 GiB, and "
-        "at least 4096 rows", None, AT_LEAST_1
+        "rows of logits that exist at a time; null: 40 MiB of them on the CPU, 64 in fp32; on a "
+        "GPU 1 GiB, and at least 4096 rows", None, AT_LEAST_1
     )  # fmt: skip

@@ -67,8 +67,8 @@ def fused_linear_loss(
     token_weight: [...] what the loss of each token is multiplied by; a constant. None: 1
     vocab_size:   number of real entries; rows of the weight from there on are padding: they take
                   no part and get gradient 0. Default: V_local times the size of `group`
-    chunk_tokens: how many rows of logits may exist at a time. None: 40 MiB of them on the CPU; on
-                  a GPU 1 GiB, and at least 4096
+    chunk_tokens: how many rows of logits may exist at a time. None: 40 MiB of them on the CPU, 64
+                  in fp32; on a GPU 1 GiB, and at least 4096
     bias:         [V_local], added to the logits
     softcap:      logits become softcap * tanh(logits / softcap), as Gemma 2's
     batch_group:  ranks whose tokens share the batch mean that `cayley` needs

@@ -20,8 +20,9 @@ from megatron_deft.loss.inputs import Shard
 from megatron_deft.loss.statistics import Softmax, combine
 
 # What of it is kept for the backward is one piece of more than 32 MiB, which glibc takes from the
-# system and gives back at once; less would teach it to hold on to twice as much.
-CPU_CHUNK_BYTES = 40 * 2**20
+# system and gives back at once; less would teach it to hold on to twice as much. More of fp32: a
+# kept tile saves a product, and one of fp32 takes twice the time of one of 16 bits.
+CPU_CHUNK_BYTES = {2: 40 * 2**20, 4: 64 * 2**20}  # by the bytes of one logit
 CUDA_CHUNK_BYTES, CUDA_CHUNK_TOKENS = 2**30, 4096
 CPU_TILE_TOKENS, CPU_PARTS = 512, 8
 PIECE = 512  # rows
@@ -73,11 +74,12 @@ def plan_of(
 ) -> Plan:
     """The tiles for `tokens` kept tokens and this rank's `weight` [V_local, H]."""
     columns = weight.shape[0]
-    row_bytes = columns * tile_dtype(weight).itemsize
+    item_bytes = tile_dtype(weight).itemsize
+    row_bytes = columns * item_bytes
     if chunk_tokens is None and weight.is_cuda:
         chunk_tokens = max(CUDA_CHUNK_TOKENS, CUDA_CHUNK_BYTES // row_bytes)
     elif chunk_tokens is None:
-        chunk_tokens = max(1, CPU_CHUNK_BYTES // row_bytes)
+        chunk_tokens = max(1, CPU_CHUNK_BYTES[item_bytes] // row_bytes)
     if softcap is not None:  # whose derivative lies beside the logits
         chunk_tokens = max(1, chunk_tokens // 2)
     if weight.is_cuda:

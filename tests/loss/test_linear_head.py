@@ -93,8 +93,8 @@ def test_the_default_chunk_is_so_many_bytes(
     monkeypatch.setattr(linear_head, "_cpu_multiplies", lambda _: multiplies)
     for vocab in (1000, 151_936):
         weight = torch.empty(vocab, 2, dtype=dtype)
-        row = vocab * tile_dtype(weight).itemsize
-        most = linear_head.CPU_CHUNK_BYTES
+        item = tile_dtype(weight).itemsize
+        row, most = vocab * item, linear_head.CPU_CHUNK_BYTES[item]
         assert most - row < plan_of(weight, 10**6).chunk_tokens * row <= most
         # the cap's derivative lies beside the logits
         assert most - 2 * row < 2 * plan_of(weight, 10**6, softcap=30.0).chunk_tokens * row <= most
