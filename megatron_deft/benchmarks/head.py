@@ -6,7 +6,7 @@ import gc
 import logging
 import time
 from argparse import Namespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,20 +16,21 @@ from megatron_deft.benchmarks.budgets import Row, Rows
 from megatron_deft.benchmarks.check import WrongResultError
 from megatron_deft.benchmarks.head_budgets import BUDGETS
 from megatron_deft.benchmarks.head_check import HeadReference
-from megatron_deft.benchmarks.head_contenders import GRAD, HeadContender, contenders
+from megatron_deft.benchmarks.head_contenders import HeadContender, contenders
+from megatron_deft.benchmarks.head_inputs import make_inputs
+from megatron_deft.benchmarks.head_memory import Case, peaks, peaks_apart
 from megatron_deft.benchmarks.head_report import head_table
 from megatron_deft.benchmarks.peers import IGNORE
 from megatron_deft.benchmarks.report import legend
 from megatron_deft.benchmarks.shared import (
     SPREAD,
-    TORCH_DTYPES,
     AbsentError,
     Settings,
     attempt,
     measure_all,
     settings,
 )
-from megatron_deft.benchmarks.timing import CpuClock, CudaClock, Run, interleave, peak
+from megatron_deft.benchmarks.timing import CpuClock, CudaClock, interleave
 from megatron_deft.loss.linear_head import plan_of, tile_dtype
 from megatron_deft.objectives import parse
 
@@ -37,34 +38,28 @@ log = logging.getLogger(__name__)
 
 BASELINES = ("logits-main-grad", "logits")
 METHOD = (
-    "One process; each repetition runs every contender once, in an order of its own; median and "
-    "interquartile range over repetitions. Hidden states and weight normal, logits with standard "
-    f"deviation {SPREAD:g}; hidden states written anew before each turn outside the clock. From "
-    "hidden states to the gradients of hidden states and weight of the sum of the losses (upstream "
-    "gradient 1 per token). gradient_in main_grad: an fp32 tensor that exists before and is added "
-    "to inside the clock, by the operator itself or, from a temporary weight.grad, by main_grad "
-    "+= weight.grad, as megatron-core's DistributedDataParallel does without gradient accumulation "
-    "fusion. gradient_in weight.grad: a fresh tensor of the weight's dtype, made inside the clock. "
-    "Each contender's losses, and its gradients of some hidden states and rows of the weight, were "
-    "compared with float64 before it was timed; the error may be twice that of the plain formula "
-    "in the same dtype. On CUDA fused_linear_loss is "
-    "told the number of kept tokens, which is counted outside the clock. products: of the kept "
-    "tokens alone. peak_bytes: of one run, above what was there before it (hidden states, weight, "
-    "labels and, for all, main_grad), less the bytes of a fresh weight.grad. Counted are thus "
-    "logits, their copies, the gradient of the hidden states, what sums are made in, and a "
-    "temporary weight.grad beside main_grad. chunk_bytes: chunk_tokens rows of logits, of the "
-    "plan that fused_linear_loss makes for the kept tokens. peak_bytes_at_twice: peak_bytes with "
-    "the same hidden states and labels twice; its budget leaves out hidden_gradient_bytes, what "
-    "their gradient takes, summed in fp32 and handed on in their own dtype."
+    "One process for the times; each repetition runs every contender once, in an order of its "
+    "own; median and interquartile range over repetitions. Hidden states and weight normal, "
+    f"logits with standard deviation {SPREAD:g}; hidden states written anew before each turn "
+    "outside the clock. From hidden states to the gradients of hidden states and weight of the "
+    "sum of the losses (upstream gradient 1 per token). gradient_in main_grad: an fp32 tensor "
+    "that exists before and is added to inside the clock, by the operator itself or, from a "
+    "temporary weight.grad, by main_grad += weight.grad, as megatron-core's "
+    "DistributedDataParallel does without gradient accumulation fusion. gradient_in weight.grad: "
+    "a fresh tensor of the weight's dtype, made inside the clock. Each contender's losses, and "
+    "its gradients of some hidden states and rows of the weight, were compared with float64 "
+    "before it was timed; the error may be twice that of the plain formula in the same dtype. On "
+    "CUDA fused_linear_loss is told the number of kept tokens, which is counted outside the "
+    "clock. products: of the kept tokens alone. peak_bytes: of one run, above what was there "
+    "before it (hidden states, weight, labels and, for all, main_grad), less the bytes of a fresh"
+    " weight.grad. Counted are thus logits, their copies, the gradient of the hidden states, what"
+    " sums are made in, and a temporary weight.grad beside main_grad. On the CPU peaks are those "
+    "of a process of its own, whose malloc gives back blocks of 1 MiB and more as soon as they "
+    "are freed. chunk_bytes: chunk_tokens rows of logits, of the plan that fused_linear_loss "
+    "makes for the kept tokens. peak_bytes_at_twice: peak_bytes with the same hidden states and "
+    "labels twice; its budget leaves out hidden_gradient_bytes, what their gradient takes, summed"
+    " in fp32 and handed on in their own dtype."
 )
-
-
-class Case(NamedTuple):
-    """A contender on labels of which a fraction is ignored, ready to run."""
-
-    contender: HeadContender
-    ignored: float
-    run: Run
 
 
 def run(args: Namespace) -> int:
@@ -78,26 +73,6 @@ def run(args: Namespace) -> int:
     return measure_all("head", METHOD, args, chosen, _measure, BUDGETS, head_table)
 
 
-def _inputs(plan: HeadPlan, device: str) -> tuple[Tensor, Tensor, Tensor, dict[float, Tensor]]:
-    """hidden [N, H], weight [V, H] with its main_grad, labels [N] and for each ignored fraction."""
-    generator = torch.Generator(device).manual_seed(0)
-    dtype = TORCH_DTYPES[plan.dtype]
-    hidden = torch.empty(plan.tokens, plan.hidden, dtype=dtype, device=device)
-    hidden.normal_(generator=generator)
-    weight = torch.empty(plan.vocabulary, plan.hidden, dtype=dtype, device=device)
-    weight.normal_(0.0, SPREAD / plan.hidden**0.5, generator=generator).requires_grad_()
-    # written, not only reserved: memory that nobody has touched is not there yet
-    main_grad = torch.empty_like(weight, dtype=torch.float32, requires_grad=False).fill_(0.0)
-    weight.main_grad = main_grad  # type: ignore[attr-defined]
-    labels = torch.randint(plan.vocabulary, (plan.tokens,), device=device, generator=generator)
-    # every other token is one that the model expects: at random nearly all gates would be 0
-    expected = [(weight.detach() @ part.t()).argmax(0) for part in hidden[::2].split(64)]
-    labels[::2] = torch.cat(expected)
-    order = torch.randperm(plan.tokens, device=device, generator=generator)
-    kept = {f: order >= round(f * plan.tokens) for f in plan.ignored}
-    return hidden, weight, labels, {f: labels.where(keep, IGNORE) for f, keep in kept.items()}
-
-
 def _measure(
     plan: HeadPlan, chosen: Settings, clock: CpuClock | CudaClock, wrong: list[str]
 ) -> Rows:
@@ -108,7 +83,7 @@ def _measure(
         torch.compiler.reset()  # each shape is compiled as if it were the only one
     began = time.monotonic()
     log.info("%s: checking every contender against float64", plan.title)
-    hidden, weight, every_label, labels = _inputs(plan, chosen.device)
+    hidden, weight, every_label, labels = make_inputs(plan, chosen.device)
     work = hidden.clone()
     rows: Rows = {}
     cases: list[Case] = []
@@ -129,9 +104,13 @@ def _measure(
                 cases.append(case)
             rows[contender.name, ignored] = row
     del reference
-    for case in cases:
-        row = rows[case.contender.name, case.ignored]
-        row |= _peaks(case, hidden, work, weight, labels[case.ignored], clock)
+    if chosen.device == "cpu":
+        keys = [(case.contender.name, case.ignored) for case in cases]
+        found = peaks_apart(plan, chosen, keys)
+    else:
+        found = peaks(cases, hidden, weight, labels, clock)
+    for key, bytes_of in found.items():
+        rows[key] |= bytes_of
     log.info("%s: %d x %d timed runs", plan.title, chosen.repetitions, len(cases))
     runs = [case.run for case in cases]
     for case, times in zip(
@@ -163,31 +142,6 @@ def _prepare(
             rounding = contender.rounding(work, weight)
             reference.verify(outcome, contender.objective, labels, rounding)
     return Case(contender, ignored, run)
-
-
-def _peaks(
-    case: Case,
-    hidden: Tensor,
-    work: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    clock: CpuClock | CudaClock,
-) -> dict[str, int | None]:
-    """Memory of a run; of ours without the logits also with twice the tokens."""
-    fresh = weight.nbytes if case.contender.gradient_in == GRAD else 0
-
-    def above(run: Run, hidden: Tensor, work: Tensor) -> int | None:
-        gc.collect()
-        weight.amax()  # there, and not what the system took back
-        weight.main_grad.amax()  # type: ignore[attr-defined]
-        extra = peak(run, hidden, work, clock)
-        return None if extra is None else max(0, extra - fresh)
-
-    found = {"peak_bytes": above(case.run, hidden, work)}
-    if case.contender.is_fused:
-        run = case.contender.prepare(weight, labels.repeat(2))
-        found["peak_bytes_at_twice"] = above(run, hidden.repeat(2, 1), work.repeat(2, 1))
-    return found
 
 
 def _row(

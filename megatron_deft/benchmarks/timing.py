@@ -47,15 +47,11 @@ class Clock(Protocol):
         """Peak memory of one run above what was there before it; None where it cannot be known."""
 
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt, malloc.h
-
-
 class CpuClock:
     """Wall time, and the process's resident memory: whoever allocated it, it counts."""
 
     memory = (
-        "peak resident memory of the process (VmHWM) above that before, the smaller of two runs, "
-        "while malloc gives blocks of 1 MiB and more back as soon as they are freed"
+        "peak resident memory of the process (VmHWM) above that before, the smaller of two runs"
     )
 
     def seconds(self, run: Run, logits: Tensor) -> float:
@@ -69,18 +65,12 @@ class CpuClock:
     def extra_bytes(self, run: Run, logits: Tensor) -> int | None:
         """From Linux's high-water mark, which a process may reset; None elsewhere."""
         try:
-            libc = ctypes.CDLL(None)
-            # What glibc holds on to depends on what ran before: the same run showed 42 to 80 MB.
-            libc.mallopt(_MMAP_THRESHOLD, 2**20)
-            libc.malloc_trim(0)
+            # what malloc keeps for later would be used again without growing the process
+            ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before = _status_bytes("VmRSS")
             run(logits)
-            extra = max(0, _status_bytes("VmHWM") - before)
-            # where a process that frees large blocks arrives by itself, for the runs that are timed
-            libc.mallopt(_MMAP_THRESHOLD, 2**25)
-            libc.mallopt(_TRIM_THRESHOLD, 2**26)
-            return extra
+            return max(0, _status_bytes("VmHWM") - before)
         except (OSError, AttributeError):
             return None
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_deft.benchmarks import head, head_contenders, shared
+from megatron_deft.benchmarks import head_contenders, shared
 from megatron_deft.benchmarks.arguments import HEAD_PLANS, HeadPlan, head_plans
 from megatron_deft.benchmarks.budgets import judge
 from megatron_deft.benchmarks.check import WrongResultError
 from megatron_deft.benchmarks.head_budgets import BUDGETS
 from megatron_deft.benchmarks.head_check import HeadReference
 from megatron_deft.benchmarks.head_contenders import HeadOutcome, Rounding, contenders
+from megatron_deft.benchmarks.head_inputs import make_inputs
 from megatron_deft.benchmarks.head_report import markdown
 from megatron_deft.cli import main
 from megatron_deft.loss import linear_head
@@ -158,7 +159,7 @@ def test_a_wrong_gradient_in_one_row_is_seen(name, row):
 
 
 def test_the_logits_path_ends_in_main_grad():
-    _, weight, _, labels = head._inputs(HeadPlan(6, 4, 19, "bf16"), "cpu")
+    _, weight, _, labels = make_inputs(HeadPlan(6, 4, 19, "bf16"), "cpu")
     hidden = torch.randn(6, 4).bfloat16()
     for name in ("logits-main-grad", "fused-main-grad", "megatron"):
         weight.main_grad.zero_()
