@@ -96,8 +96,12 @@ def fused_linear_loss(
     check_numbers(softcap=softcap, chunk_tokens=chunk_tokens, kept_tokens=kept_tokens)
     token_weight = check_token_weight(token_weight, labels, reduction)
     check_main_grad(parameter)
+    # which decide how often the ranks meet, and with how many tokens
+    meetings = {"chunk_tokens": chunk_tokens, "form": form, "kept_tokens": kept_tokens}
     columns = weight.shape[0]
-    shard = shard_of(columns, weight.dtype, labels, objective, group, vocab_size, ignore_index)
+    shard = shard_of(
+        columns, weight.dtype, labels, objective, group, vocab_size, ignore_index, meetings
+    )
     wrong = check_labels(labels, shard)
     check_batch_group(objective, batch_group)
 

@@ -1,6 +1,7 @@
 """What `token_loss` is given: checked, and described as the operators read it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -188,8 +189,12 @@ def shard_of(
     group: dist.ProcessGroup | None,
     vocab_size: int | None,
     ignore_index: int,
+    options: Mapping[str, object] | None = None,
 ) -> Shard:
-    """Where this rank's columns of logits of `dtype` lie in the vocabulary."""
+    """Where this rank's columns of logits of `dtype` lie in the vocabulary.
+
+    options: of the caller, by name, which the ranks must agree on as well
+    """
     ranks, rank = (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
     if rank < 0:
         raise UserError("group: this process is not a member of the given process group")
@@ -197,7 +202,9 @@ def shard_of(
     if not isinstance(vocab_size, int):
         raise UserError(f"vocab_size: expected an int, got {vocab_size!r}")
     if ranks > 1:
-        _check_same_on_all_ranks(columns, dtype, labels, objective, vocab_size, ignore_index, group)
+        _check_same_on_all_ranks(
+            columns, dtype, labels, objective, vocab_size, ignore_index, group, options or {}
+        )
     if not 0 < vocab_size <= columns * ranks:
         raise UserError(
             f"vocab_size: expected 1 to {columns * ranks} ({ranks} rank(s) x {columns} columns), "
@@ -218,6 +225,7 @@ def _check_same_on_all_ranks(
     vocab_size: int,
     ignore_index: int,
     group: dist.ProcessGroup | None,
+    options: Mapping[str, object],
 ) -> None:
     """The ranks hold shards of one batch; asked once for each size of shard: a step costs nothing.
 
@@ -236,6 +244,7 @@ def _check_same_on_all_ranks(
         "objective": objective.spec,
         "ignore_index": ignore_index,
         "sum of the labels": int((labels.reshape(-1) * weights).sum()),
+        **options,
     }
     found: list[dict[str, object]] = [{}] * dist.get_world_size(group)
     dist.all_gather_object(found, mine, group=group)

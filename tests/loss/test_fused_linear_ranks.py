@@ -257,6 +257,9 @@ def refused_on_ranks(rank: int, world: int) -> list[str]:
         {"objective": "cayley(floor=data_parallel)"},
         {"vocab_size": 17},
         {"labels": torch.full((2, 3), rank), "vocab_size": 15},  # another's tokens
+        {"chunk_tokens": 1 + rank, "vocab_size": 15},
+        {"form": ("forward", "recompute")[rank], "vocab_size": 15},
+        {"kept_tokens": 4 + rank, "vocab_size": 15},
     ]
     for options in calls:
         with pytest.raises(UserError) as caught:
@@ -267,9 +270,11 @@ def refused_on_ranks(rank: int, world: int) -> list[str]:
 
 def test_bad_input_on_ranks() -> None:
     for messages in run_ranks(2, refused_on_ranks):
-        sequence, scalar, mean, vocabulary, labels = messages
+        sequence, scalar, mean, vocabulary, labels, *options = messages
         assert "labels: expected shape [4, 3] (of the hidden states of all ranks" in sequence
         assert scalar == "sequence_parallel needs hidden states with a dimension to split"
         assert "pass their process group as batch_group" in mean
         assert "vocab_size: expected 1 to 16 (2 rank(s) x 8 columns), got 17" in vocabulary
         assert "expected the same sum of the labels on every rank" in labels
+        for name, message in zip(("chunk_tokens", "form", "kept_tokens"), options, strict=True):
+            assert f"expected the same {name} on every rank, got [" in message
