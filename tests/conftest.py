@@ -21,6 +21,7 @@ LONGEST = (
     "training/test_lora",
     "training/test_fused_linear",
     "training/test_lora_run",
+    "training/test_disk_full",
     "loss/test_attach_fused",
     "data/prepare/test_tokenise",
     "training/test_heads",
