@@ -16,7 +16,12 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint import save as save_plainly
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    BytesStorageMetadata,
+    Metadata,
+    MetadataIndex,
+)
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.convert import nemo
@@ -80,6 +85,16 @@ class LoadsBytes:
         return torch.storage._load_from_bytes, (self._data,)
 
 
+class Attribute:
+    """Pickled, what Python 3.11.2 makes of a member of an enumeration."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> Any:
+        return getattr, (_MEM_FORMAT_ENCODING, self._name)
+
+
 EXTRA = "decoder.layers.mlp.linear_fc1._extra_state/shard_0_1"
 SYSTEM = f"{os.system.__module__}.system"
 # Name -> (what is done to the state folder, file that is named, what is said)
@@ -111,6 +126,10 @@ HARM: dict[str, tuple[Callable[[Path, Bomb], Any], str, str]] = {
     "extra state in a file": (
         lambda state, bomb: add_record(state, EXTRA, [io.BytesIO(saved(bomb))]),
         f"__9_0.distcp, record {EXTRA}", SYSTEM,
+    ),
+    "an attribute": (
+        lambda state, _: edit(state, lambda m: setattr(m, "planner_data", Attribute("mro"))),
+        ".metadata", "builtins.getattr",
     ),
     "another form": (
         lambda state, bomb: add_record(state, RNG, [bomb], transform_descriptors=["zstd"]),
@@ -197,7 +216,7 @@ def test_resuming_loading_and_converting_refuse_it(base: Path, run: Path, tmp_pa
 
 
 def test_what_is_harmless_is_read(run: Path, base: Path, tmp_path: Path) -> None:
-    """Our own states, NeMo's, plain torch's; the names of an older numpy; module bookkeeping."""
+    """Our own states, NeMo's, plain torch's; those of an older numpy or Python; bookkeeping."""
     require_safe(base / "megatron" / "state")
     require_safe(write_nemo(tmp_path / "nemo", base / "megatron") / "weights")
     save_plainly({"a": torch.ones(3), "b": {"c": 1}}, checkpoint_id=tmp_path / "dcp", no_dist=True)
@@ -209,6 +228,8 @@ def test_what_is_harmless_is_read(run: Path, base: Path, tmp_path: Path) -> None
     require_safe(state)
     generators = saved([{"numpy": numpy.random.get_state(), "python": (3, (1, 2), None)}])
     add_record(state, RNG, as_older_numpy(generators))
+    require_safe(state)
+    edit(state, lambda m: setattr(m, "planner_data", Attribute("TORCH_CHANNELS_LAST")))
     require_safe(state)
 
 
