@@ -175,6 +175,7 @@ def _layers() -> Iterator[Finding]:
     from megatron_deft.models.accelerators import (
         FP8_RECIPES,
         adam_source,
+        obstacle_to_cpu_offload,
         obstacle_to_fp8,
         obstacle_to_gradient_accumulation_fusion,
     )
@@ -188,9 +189,11 @@ def _layers() -> Iterator[Finding]:
     able = ", ".join(recipe for recipe, obstacle in obstacles.items() if not obstacle)
     no_fp8 = "; ".join(dict.fromkeys(obstacles.values()))
     yield Finding("FP8", able or f"not possible: {no_fp8}", kind=USED)
-    no_fusion = obstacle_to_gradient_accumulation_fusion()
-    found = f"no: {no_fusion}" if no_fusion else "yes"
-    yield Finding("gradient accumulation fusion", found, kind=USED)
+    for name, obstacle in (
+        ("gradient accumulation fusion", obstacle_to_gradient_accumulation_fusion()),
+        ("CPU offload of the optimizer", obstacle_to_cpu_offload()),
+    ):
+        yield Finding(name, f"no: {obstacle}" if obstacle else "yes", kind=USED)
     obstacle = obstacle_to_transformer_engine()
     if obstacle and _version("transformer-engine"):
         remedy = "" if obstacle == "there is no GPU" else "build it for this torch and driver"

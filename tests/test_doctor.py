@@ -81,6 +81,7 @@ def test_what_a_run_uses_here():
     assert findings["optimizer"].found == "Adam of torch"
     assert findings["FP8"].found == "not possible: it needs a GPU, and there is none"
     assert findings["gradient accumulation fusion"].found.startswith("no: it needs a GPU")
+    assert findings["CPU offload of the optimizer"].found.startswith("no: it needs a GPU")
     assert findings["distributed"].found == "gloo"
 
 

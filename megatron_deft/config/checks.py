@@ -70,6 +70,12 @@ def _check_training(cfg: RunConfig) -> None:
         raise UserError(
             f"optim.warmup_steps={optim.warmup_steps}: must be <= train.steps={train.steps}"
         )
+    if optim.cpu_offload and not cfg.parallel.distributed_optimizer:
+        raise UserError(
+            f"optim.cpu_offload={optim.cpu_offload:g} with parallel.distributed_optimizer=false: "
+            "megatron-core can only with the distributed one; set it to true (one process will "
+            "do), or cpu_offload to 0"
+        )
     _check_loss_scale(cfg)
     export = cfg.checkpoint.export_hf
     if export == "last" and not train.save_at_end:

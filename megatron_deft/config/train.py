@@ -44,6 +44,10 @@ class OptimConfig(Section):
     clip_grad: float = key(
         "largest gradient norm over all parameters; 0: no clipping", 1.0, AT_LEAST_0
     )
+    cpu_offload: float = key(
+        "share of each GPU's optimizer state, fp32 weights of 16-bit ones included, that lives in "
+        "host memory and is updated there, whole parameters at a time; 0: none", 0.0, FRACTION
+    )  # fmt: skip
     loss_scale: float | None = key(
         "fp16: what the loss is multiplied by before the backward pass; null: it finds its own, "
         "halved where gradients overflow (such steps change nothing) and doubled where none did",

@@ -60,3 +60,8 @@ def obstacle_to_gradient_accumulation_fusion() -> str:
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         return "it needs apex's fused_weight_gradient_mlp_cuda, which is not installed"
     return ""
+
+
+def obstacle_to_cpu_offload() -> str:
+    """Why no optimizer state can be moved to host memory, or ""."""
+    return "" if torch.cuda.is_available() else "it needs a GPU, and there is none"

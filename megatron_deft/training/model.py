@@ -10,6 +10,7 @@ from megatron.core.transformer.module import Float16Module
 from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
 from megatron_deft.models.accelerators import (
+    obstacle_to_cpu_offload,
     obstacle_to_fp8,
     obstacle_to_gradient_accumulation_fusion,
 )
@@ -25,6 +26,8 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
     parallel = cfg.parallel
     if cfg.model.fp8 is not None and (obstacle := obstacle_to_fp8(cfg.model.fp8)):
         raise UserError(f"model.fp8={cfg.model.fp8}: {obstacle}; set it to null")
+    if cfg.optim.cpu_offload and (obstacle := obstacle_to_cpu_offload()):
+        raise UserError(f"optim.cpu_offload={cfg.optim.cpu_offload:g}: {obstacle}; set it to 0")
     tcfg = transformer_config(
         spec,
         tensor=parallel.tensor,

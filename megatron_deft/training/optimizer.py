@@ -33,6 +33,7 @@ from torch import Tensor
 
 from megatron_deft.config import OptimConfig, RunConfig
 from megatron_deft.platform import device
+from megatron_deft.training.offload import MASTER, build_offloaded, inner_optimizers
 
 
 class GuardedOptimizer(ChainedOptimizer):
@@ -67,28 +68,30 @@ def build_optimizer(cfg: RunConfig, model: Sequence[DistributedDataParallel]) ->
     It has one part, and one more for experts that are spread over ranks.
     """
     optim = cfg.optim
-    chained = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=optim.lr,
-            min_lr=optim.min_lr,
-            weight_decay=optim.weight_decay,
-            adam_beta1=optim.betas[0],
-            adam_beta2=optim.betas[1],
-            adam_eps=optim.eps,
-            clip_grad=optim.clip_grad,
-            bf16=cfg.model.dtype == "bf16",
-            fp16=cfg.model.dtype == "fp16",
-            fp8_recipe=cfg.model.fp8,
-            loss_scale=optim.loss_scale,
-            initial_loss_scale=optim.initial_loss_scale,
-            min_loss_scale=optim.min_loss_scale,
-            loss_scale_window=optim.loss_scale_window,
-            hysteresis=optim.hysteresis,
-            params_dtype=model[0].config.params_dtype,
-            use_distributed_optimizer=cfg.parallel.distributed_optimizer,
-        ),
-        list(model),
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.lr,
+        min_lr=optim.min_lr,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_eps=optim.eps,
+        clip_grad=optim.clip_grad,
+        bf16=cfg.model.dtype == "bf16",
+        fp16=cfg.model.dtype == "fp16",
+        fp8_recipe=cfg.model.fp8,
+        loss_scale=optim.loss_scale,
+        initial_loss_scale=optim.initial_loss_scale,
+        min_loss_scale=optim.min_loss_scale,
+        loss_scale_window=optim.loss_scale_window,
+        hysteresis=optim.hysteresis,
+        params_dtype=model[0].config.params_dtype,
+        use_distributed_optimizer=cfg.parallel.distributed_optimizer,
+    )
+    chained = (
+        build_offloaded(config, model, optim.cpu_offload)
+        if optim.cpu_offload
+        else get_megatron_optimizer(config, list(model))
     )
     return GuardedOptimizer(chained.chained_optimizers)
 
@@ -177,8 +180,10 @@ def restore(optimizer: ChainedOptimizer, loaded: Mapping[int, Any], step: int) -
     for number, part in enumerate(optimizer.chained_optimizers):
         tensors = loaded.get(number, {})
         # torch's Adam counts in a tensor beside the moments, which megatron-core would look for.
+        # The hybrid one shows the fp32 weight there too.
         for state in part.optimizer.state.values():
             state.pop("step", None)
+            state.pop(MASTER, None)
         with torch.no_grad():
             if isinstance(part, DistributedOptimizer):
                 part.load_parameter_state_from_fully_reshardable(tensors)
@@ -192,21 +197,25 @@ def restore(optimizer: ChainedOptimizer, loaded: Mapping[int, Any], step: int) -
 def steps(optimizer: ChainedOptimizer) -> set[int]:
     """The numbers of steps that the parameters have seen: one number."""
     counts: set[int] = set()
-    for part in optimizer.chained_optimizers:
-        counts |= {int(state["step"]) for state in part.optimizer.state.values() if "step" in state}
+    parts = optimizer.chained_optimizers
+    for inner in chain.from_iterable(inner_optimizers(part.optimizer) for part in parts):
+        counts |= {int(state["step"]) for state in inner.state.values() if "step" in state}
         # TransformerEngine's and apex's Adam count by group, and only where there are parameters
-        groups = (group for group in part.optimizer.param_groups if group["params"])
+        groups = (group for group in inner.param_groups if group["params"])
         counts |= {int(group["step"]) for group in groups if "step" in group}
     return counts
 
 
 def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    if isinstance(optimizer, torch.optim.Adam):
-        for state in optimizer.state.values():
-            state["step"] = torch.tensor(float(step))
-    else:
-        for group in optimizer.param_groups:
-            group["step"] = step
+    for inner in inner_optimizers(optimizer):
+        if isinstance(inner, torch.optim.Adam):
+            is_fused = inner.param_groups[0]["fused"]  # then it counts where the weight is
+            for weight, state in inner.state.items():
+                where = weight.device if is_fused else None
+                state["step"] = torch.tensor(float(step), device=where)
+        else:
+            for group in inner.param_groups:
+                group["step"] = step
 
 
 def _plain_tensors(part: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -6,7 +6,7 @@ from typing import Any
 # What may change when a run is resumed, beside train.*: how it is laid out, watched and saved.
 FREE_KEYS = (
     "run_dir", "deterministic", "parallel", "lora", "loss", "monitor", "model.load", "model.hf",
-    "checkpoint", "data.show_sample", "data.workers", "data.prepare_workers",
+    "optim.cpu_offload", "checkpoint", "data.show_sample", "data.workers", "data.prepare_workers",
 )  # fmt: skip
 
 

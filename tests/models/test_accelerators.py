@@ -31,6 +31,10 @@ from tests.training.ranks import config
             {"parallel.gradient_accumulation_fusion": "true"},
             "parallel.gradient_accumulation_fusion=true: it needs a GPU",
         ),
+        (
+            {"optim.cpu_offload": 0.25},
+            "optim.cpu_offload=0.25: it needs a GPU, and there is none",
+        ),
     ],
 )
 def test_a_run_without_a_gpu_refuses_them(
