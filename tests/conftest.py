@@ -20,6 +20,7 @@ LONGEST = (
     "training/test_stopping",
     "training/test_lora",
     "training/test_fused_linear",
+    "training/test_offload",
     "training/test_lora_run",
     "training/test_disk_full",
     "loss/test_attach_fused",

@@ -234,6 +234,8 @@ def test_dry_run_of_many_processes(run_yaml, capsys):
         (["--nproc-per-node", "3"], "train.global_batch=256"),
         (["--nnodes", "2"], "--rdzv-endpoint"),
         (["model.load=Qwen/Qwen2.5-1.5B"], "convert import"),
+        (["optim.cpu_offload=1.5"], "optim.cpu_offload=1.5: must be in [0, 1]"),
+        (["optim.cpu_offload=1", "parallel.distributed_optimizer=false"], "or cpu_offload to 0"),
     ],
 )
 def test_train_refuses_before_anything_starts(run_yaml, capsys, monkeypatch, arguments, expected):

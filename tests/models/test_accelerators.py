@@ -33,7 +33,7 @@ from tests.training.ranks import config
         ),
         (
             {"optim.cpu_offload": 0.25},
-            "optim.cpu_offload=0.25: it needs a GPU, and there is none",
+            "optim.cpu_offload=0.25: it needs a GPU, and there is none; set it to 0",
         ),
     ],
 )
