@@ -252,6 +252,12 @@ def build_model(
         mtp_block_spec=head_spec(tcfg, spec, vp_stage) if post_process else None,
         vp_stage=vp_stage,
     )
+    if tcfg.expert_tensor_parallel_size != tcfg.tensor_model_parallel_size:
+        # megatron-core leaves experts that every rank has to the reduction of the dense weights,
+        # which does not reach the tensor ranks: whole experts there see some of the tokens each.
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:
+                parameter.allreduce = False  # type: ignore[attr-defined]
     # A plain attribute, not a buffer: neither .to(bfloat16) nor a checkpoint touches it.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(spec).to(device())
     if model.mtp_process and spec.tied_embeddings and not pre_process:

@@ -88,6 +88,7 @@ RUNS: dict[str, Run] = {
     "experts PP2 EP2 gather": Run("experts", PP2 | EP2 | GATHER | FUSED),
     "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4, (ETP1 | EP4, {})),
     "experts TP2 ETP1 EP2": Run("experts", ETP1 | EP2),
+    "experts TP2 ETP1": Run("experts", ETP1, (ETP1 | EP2,)),
     "dense TP2 sequence heads": Run("dense", SEQUENCE | MTP | RECOMPUTE, (PP2 | TP2,)),
     "dense PP2 heads packed": Run("dense", PP2 | MTP | PACKED | FUSED, (TP2,)),
     "dense CP2 heads": Run("dense", CP2 | MTP),

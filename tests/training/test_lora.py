@@ -44,6 +44,7 @@ RUNS: dict[str, Run] = {
     "dense bf16 dropout": Run("dense", SEQUENCE | PP2 | BF16 | DROPOUT, (SEQUENCE | PP2,)),
     "experts TP2 EP2": Run("experts", SEQUENCE | EP2, (PP2 | EP2,)),
     "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4 | GATHER),
+    "experts TP2 ETP1": Run("experts", ETP1),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
 
