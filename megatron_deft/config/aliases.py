@@ -169,6 +169,7 @@ def translate(settings: Iterable[Setting]) -> list[Setting]:
     Only spellings are translated: a key that is absent has this project's default.
     """
     by_name = {setting.name: setting for setting in settings}
+    _drop_unused_lora(by_name)
     translated = _eaft(by_name) + _loggers(by_name)
     for name, setting in by_name.items():
         if name in ONLY:
@@ -195,6 +196,14 @@ def _renamed(setting: Setting, rename: Rename) -> list[Setting]:
             return []
         value = rename.values.get(value, value)
     return [replace(setting, name=rename.key, value=value, written=setting.name)]
+
+
+def _drop_unused_lora(by_name: dict[str, Setting]) -> None:
+    """verl's files always have these keys, which do nothing beside a `lora_rank` of 0."""
+    rank = by_name.get("model.lora_rank")
+    if rank is not None and rank.value == 0:
+        for name in ("model.lora_alpha", "model.target_modules"):
+            by_name.pop(name, None)
 
 
 def _eaft(by_name: dict[str, Setting]) -> list[Setting]:

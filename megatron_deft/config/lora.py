@@ -41,6 +41,16 @@ class LoraConfig(Section):
         """The targets under our names, and in our order."""
         super().__post_init__()
         object.__setattr__(self, "targets", _whole(self.targets))
+        if self.rank is None:
+            asked = {"alpha": self.alpha, "rslora": self.rslora, "dropout": self.dropout}
+            given = [f"lora.{name}={value}" for name, value in asked.items() if value]
+            if self.targets != _whole((ALL,)):
+                given.append(f"lora.targets={', '.join(self.targets)}")
+            if given:
+                raise UserError(
+                    f"{', '.join(given)} without lora.rank: every weight would be trained; set "
+                    "lora.rank, or leave them out"
+                )
 
     @property
     def alpha_used(self) -> float:

@@ -69,6 +69,12 @@ class ModelConfig(Section):
         if (self.load is None) == (self.hf is None):
             given = "neither is set" if self.load is None else f"{self.load} and {self.hf}"
             raise UserError(f"model.load and model.hf: {given}; set one of them, the other is null")
+        default = type(self).mtp_loss_weight
+        if not self.mtp_layers and self.mtp_loss_weight != default:
+            raise UserError(
+                f"model.mtp_loss_weight={self.mtp_loss_weight:g} without heads of multi-token "
+                "prediction: set model.mtp_layers, or leave it out"
+            )
         if self.fp8 is not None and self.dtype != "bf16":
             raise UserError(
                 f"model.fp8={self.fp8} with model.dtype={self.dtype}: its weights are in bf16; set "
@@ -169,3 +175,12 @@ class LossConfig(Section):
         "rows of logits that exist at a time; null: 40 MiB of them on the CPU, 64 in fp32; on a "
         "GPU 1 GiB, and at least 4096 rows", None, AT_LEAST_1
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Chunks are of the loss without logits."""
+        super().__post_init__()
+        if self.fused_linear is False and self.chunk_tokens is not None:
+            raise UserError(
+                f"loss.chunk_tokens={self.chunk_tokens} with loss.fused_linear=false: all logits "
+                "exist there; set loss.fused_linear to true or auto, or leave it out"
+            )

@@ -78,7 +78,8 @@ class _Steps(Dataset[Step]):
             )
             for rows in mine
         ]
-        return Step(batches, length, int(used.sum()), self.rows.lengths(real))
+        lengths = self.rows.lengths(real)  # `used` has the padding that context parallelism needs
+        return Step(batches, length, int(lengths.sum()), lengths)
 
 
 def load_steps(

@@ -198,6 +198,8 @@ PROGRESS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("gate", lambda value: f"gate {value:.3g}"),
     ("accuracy", lambda value: f"acc {value:.3g}"),
     ("grad_norm", lambda value: f"grad {value:.3g}"),
+    ("loss_scale", lambda value: f"scale {_short(value)}"),
+    ("overflow_steps", lambda value: f"{value:.0f} overflowed"),
     ("lr", lambda value: f"lr {value:.1e}"),
     ("tokens_per_second", lambda value: f"{_short(value)} tok/s"),
     ("tflops", lambda value: f"{_short(value * 1e12)}FLOP/s"),

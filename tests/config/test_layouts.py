@@ -116,6 +116,7 @@ def test_impossible_runs_are_refused(sections, world, expected):
         ({"recompute_modules": ("mlp",)}, ["['mlp']", "recompute=none", "set model.recompute=sel"]),
         ({"recompute": "full", "recompute_modules": ("mlp",)}, ["recompute=full"]),
         ({"recompute": "selective", "recompute_layers": 2}, ["recompute_layers=2", "for full"]),
+        ({"mtp_loss_weight": 0.5}, ["model.mtp_loss_weight=0.5 without heads", "model.mtp_layers"]),
         ({"recompute_method": "block"}, ["recompute_method=block", "for full"]),
         ({"recompute": "selective", "recompute_modules": ("moe_act",)},
          ["model.recompute_modules=['moe_act']", "among core_attn, layernorm, mlp, moe"]),

@@ -21,7 +21,8 @@ ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
     ],
 )
 def test_targets_that_are_whole_matrices(minimal, names, targets):
-    assert load_config(minimal, [f"lora.targets={names}"]).lora.targets == targets
+    found = load_config(minimal, ["lora.rank=1", f"lora.targets={names}"]).lora
+    assert found.targets == targets
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,9 @@ def test_targets_that_are_whole_matrices(minimal, names, targets):
         (["lora.targets=[gate_proj, down_proj]"], "gate_proj without up_proj"),
         (["lora.targets=[lm_head, o_proj]"],
          "lora.targets=lm_head: not a matrix that can have adapters: legal are linear_qkv"),
+        (["lora.alpha=32"], "lora.alpha=32.0 without lora.rank: every weight would be trained"),
+        (["lora.rslora=true", "lora.dropout=0.1", "lora.targets=[o_proj]"],
+         "lora.rslora=True, lora.dropout=0.1, lora.targets=linear_proj without lora.rank"),
         (["lora.targets=[]"], "lora.targets=[]: name at least one"),
         (["lora.rank=0"], "lora.rank=0: must be >= 1"),
         (["lora.dropout=1"], "lora.dropout=1.0: must be in [0, 1)"),
@@ -60,7 +64,7 @@ def test_alpha_is_twice_the_rank_unless_it_is_given():
     [
         (["model.lora_rank=32", "model.lora_alpha=16", "model.target_modules=all-linear"],
          LoraConfig(rank=32, alpha=16.0)),
-        (["model.lora_rank=0", "model.lora_alpha=16"], LoraConfig(alpha=16.0)),
+        (["model.lora_rank=0", "model.lora_alpha=16"], LoraConfig()),
         (["model.lora_rank=8", "model.target_modules=[q_proj, k_proj, v_proj]"],
          LoraConfig(rank=8, targets=("linear_qkv",))),
         (["lora_rank=8", "lora_alpha=16", "lora_dropout=0.05", "lora_target=all"],

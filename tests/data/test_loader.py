@@ -96,6 +96,7 @@ def trained(step: Step) -> list[int]:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_share_a_batch_of_one_length(sets: list[TokenSet], workers: int) -> None:
     rows = SampleRows(sets, 32, False, 1, seed=0)
+    context = SampleRows(sets, 32, False, 2, seed=0)  # whose positions are padded to multiples of 4
     batches = [np.array([9, 0, 3, 1]), np.array([2, 5, 7, FILLER])]
     ranks = []
     for rank in range(2):
@@ -104,7 +105,10 @@ def test_ranks_share_a_batch_of_one_length(sets: list[TokenSet], workers: int) -
     for number, (batch, steps) in enumerate(zip(batches, zip(*ranks, strict=True), strict=True)):
         real = [rows.documents(int(row))[0] for row in batch if row != FILLER]
         assert {step.length for step in steps} == {48 if number == 0 else 24}  # multiples of 8 x 3
-        assert {step.tokens for step in steps} == {sum(len(one.tokens) - 1 for one in real)}
+        count = sum(len(one.tokens) - 1 for one in real)
+        assert {step.tokens for step in steps} == {count}
+        cut = Share(0, 2, 1, 0, 2, multiple=3, packed=False)
+        assert next(load_steps(context, cut, [batch], workers)).tokens == count
         assert sorted(trained(steps[0]) + trained(steps[1])) == sorted(
             int(token) for one in real for token in one.tokens[2:]
         )

@@ -70,5 +70,7 @@ def test_the_log_names_the_path(base: Path, tmp_path: Path) -> None:
 def test_values_that_are_not_legal(base: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"loss\.fused_linear=sometimes.*auto, true, false"):
         config(base, tmp_path, **{"loss.fused_linear": "sometimes"})
+    with pytest.raises(UserError, match=r"loss\.chunk_tokens=4 with loss\.fused_linear=false"):
+        config(base, tmp_path, **{"loss.chunk_tokens": 4, "loss.fused_linear": "false"})
     with pytest.raises(UserError, match=r"loss\.chunk_tokens=0: must be >= 1"):
         config(base, tmp_path, **{"loss.chunk_tokens": 0})

@@ -150,6 +150,8 @@ def test_progress_line_shows_what_there_is():
     assert "950 tok/s" in progress_line({"tokens_per_second": 950.0}, 1, 2)
     line = progress_line({"tflops": 411.6, "mfu": 0.4162}, 1, 2)
     assert line == "step 1/2 | 412TFLOP/s | mfu 41.6%"
+    line = progress_line({"loss_scale": 65536.0, "overflow_steps": 3}, 1, 2)
+    assert line == "step 1/2 | scale 65.5k | 3 overflowed"
     assert "1.24GFLOP/s" in progress_line({"tflops": 1.24e-3}, 1, 2)
     assert "1.5M tok/s" in progress_line({"tokens_per_second": 1.5e6}, 1, 2)
 
