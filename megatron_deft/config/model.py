@@ -51,7 +51,7 @@ class ModelConfig(Section):
     )  # fmt: skip
     recompute_method: Literal["uniform", "block"] = key(
         "for full: keep the input of every recompute_layers-th layer; or recompute the first "
-        "recompute_layers layers of each pipeline stage, and no other", "uniform"
+        "recompute_layers layers of each stage's chunk, and no other", "uniform"
     )  # fmt: skip
     recompute_layers: int | None = key("for full: see recompute_method; null: 1", None, AT_LEAST_1)
 
@@ -60,7 +60,9 @@ class ModelConfig(Section):
         "with the same objective; new where the weights have none", 0, AT_LEAST_0
     )  # fmt: skip
     mtp_loss_weight: float = key(
-        "what the mean of their losses counts for beside the loss", 0.1, AT_LEAST_0
+        "what the mean of the heads' losses, each per token of the loss, counts for beside it",
+        0.1,
+        AT_LEAST_0,
     )
 
     def __post_init__(self) -> None:
