@@ -9,6 +9,8 @@ others; ours (data.sampler) do not.
 """
 
 import json
+import logging
+import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.hashing import hash_file
 
 _LOOKED_AT = 1 << 22  # tokens
+_LOG = logging.getLogger(__name__)
 
 
 class _Tokenizer:
@@ -99,6 +102,8 @@ class TextRows:
                 f"{prefix}: documents {begin} to {end} have {tokens} tokens, too few for a row of "
                 f"{self.length} + 1: lower data.max_length, or change data.split"
             )
+        indices = cache / _key(prefix)
+        _drop_damaged(indices)
         config = GPTDatasetConfig(
             random_seed=seed % 2**32,  # what numpy's RandomState takes
             sequence_length=self.length,
@@ -106,7 +111,7 @@ class TextRows:
             split=f"{share[0]},{share[1]}",  # part of the cache's name; the documents are chosen
             # GPTDataset knows its indices by the data's name alone: those of a set that was
             # prepared again under this name would point into documents that are no more.
-            path_to_cache=str(cache / _key(prefix)),
+            path_to_cache=str(indices),
             tokenizer=_Tokenizer(),  # type: ignore[arg-type]
             reset_position_ids=False,
             reset_attention_mask=False,
@@ -164,6 +169,21 @@ def _check_tokens(prefix: str, documents: Any, vocab_size: int) -> None:
             f"{path} holds token {largest}, the model's tokenizer has {vocab_size}: it was made "
             "with another one: prepare it again"
         )
+
+
+def _drop_damaged(indices: Path) -> None:
+    """Remove a folder of indices that holds anything but plain arrays: it is made again.
+
+    GPTDataset lets numpy load pickles, which is what numpy takes any file for that does not begin
+    as an array does: one in a run's folder from outside would run code.
+    """
+    for path in sorted(indices.glob("*.npy")):
+        try:
+            np.lib.format.open_memmap(path, mode="r")
+        except (ValueError, EOFError) as error:
+            _LOG.warning("%s holds no plain array (%s): the indices are made again", path, error)
+            shutil.rmtree(indices)
+            return
 
 
 def _key(prefix: str) -> str:

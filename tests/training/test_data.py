@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import time
 from pathlib import Path
@@ -16,8 +17,10 @@ from megatron_deft.config import RunConfig
 from megatron_deft.data.indexed import write_index
 from megatron_deft.data.prepare.settings import RowSettings
 from megatron_deft.data.prepare.tokenise import prepare_set
+from megatron_deft.data.pretraining import TextRows
 from megatron_deft.files import hold_folder
 from megatron_deft.training.run import run
+from tests.convert.test_pickles import Bomb
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics, train_all
 from tests.training.test_trainer import refused, same_but_time, train_and_hear
@@ -179,6 +182,28 @@ def test_pretraining_on_running_text(base: Path, sets: Path, tmp_path: Path) -> 
     assert lines[-1]["val_kept_tokens"] > 0
     for got, want in zip(losses(run_dir), losses(whole), strict=True):
         assert got == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("content", ["a pickle", "objects", "nothing"])
+def test_an_index_that_is_no_plain_array_is_made_again(
+    sets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, content: str
+) -> None:
+    """numpy, as GPTDataset calls it, would run what such a file names."""
+    cache, mark = tmp_path / "index", tmp_path / "mark"
+
+    def read() -> TextRows:
+        prefix = str(sets / "text" / "tokens")
+        return TextRows([prefix], 32, (0.0, 1.0), cache, 1, 10**6, lambda build: build())
+
+    rows = read().documents(0)[0].tokens.tolist()
+    (path,) = cache.glob("*/*-document_index.npy")
+    if content == "objects":
+        np.save(path, np.array([Bomb(mark)], object), allow_pickle=True)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(mark)) if content == "a pickle" else b"")
+    assert read().documents(0)[0].tokens.tolist() == rows
+    assert not mark.exists()
+    assert "the indices are made again" in caplog.text
 
 
 def test_text_that_was_prepared_again_is_read_anew(base: Path, tmp_path: Path) -> None:
