@@ -8,6 +8,7 @@ first, calling nothing but what is listed here, and megatron-core opens only wha
 """
 
 import io
+import os
 import pickle
 import re
 import struct
@@ -67,6 +68,8 @@ DAMAGED = (
     AttributeError,
     ImportError,
     EOFError,
+    OverflowError,
+    MemoryError,  # a length that no file has
 )
 
 
@@ -114,10 +117,10 @@ class SafeReader(FileSystemReader):
             metadata = _Unpickler(handle, METADATA, {}).load()
             if not isinstance(metadata, Metadata):
                 raise TypeError(f"it is a {type(metadata).__name__}")
-        for place in (metadata.storage_data or {}).values():
-            name = str(place.relative_path)
-            if name in ("", ".", "..") or "/" in name:
-                raise UserError(f"{path} names {name}, which is no file beside it: {_REMEDY}")
+            for place in (metadata.storage_data or {}).values():
+                name = str(place.relative_path)
+                if name in ("", ".", "..") or "/" in name:
+                    raise UserError(f"{path} names {name}, which is no file beside it: {_REMEDY}")
         return metadata
 
 
@@ -157,6 +160,11 @@ def require_safe(folder: str | Path) -> None:
     if (folder / COMMON).exists():
         with open(folder / COMMON, "rb") as handle:
             _vet(handle, folder / COMMON)
+    with _refusing(folder / ".metadata"):
+        _vet_records(folder, metadata)
+
+
+def _vet_records(folder: Path, metadata: Metadata) -> None:
     seen = set()
     for index, place in metadata.storage_data.items():
         entry = metadata.state_dict_metadata.get(index.fqn)
@@ -168,6 +176,8 @@ def require_safe(folder: str | Path) -> None:
         path = folder / place.relative_path
         if getattr(place, "transform_descriptors", None):
             raise UserError(f"{path} holds {index.fqn} in a form that is not read: {_REMEDY}")
+        if not os.path.isfile(path):
+            raise ValueError(f"it names {path.name}, which is no file beside it")
         with open(path, "rb") as handle:
             record = _vet(Section(handle, place.offset, place.length), path, index.fqn)
         if is_extra:

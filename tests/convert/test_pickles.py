@@ -145,6 +145,33 @@ HARM: dict[str, tuple[Callable[[Path, Bomb], Any], str, str]] = {
         lambda state, _: (state / ".metadata").write_bytes(pickle.dumps({})),
         ".metadata", "is damaged (it is a dict)",
     ),
+    "a number too great": (
+        lambda state, _: (state / ".metadata").write_bytes(b"\x80\x05\x8d" + b"\xff" * 8),
+        ".metadata", "is damaged (BINUNICODE exceeds",
+    ),
+    "more than memory holds": (
+        lambda state, _: (state / ".metadata").write_bytes(b"\x80\x05\x96" + b"\xff" * 7 + b"\x3f"),
+        ".metadata", "is damaged (",
+    ),
+    "a place without a file": (
+        lambda state, _: edit(
+            state, lambda m: vars(next(iter(m.storage_data.values()))).pop("relative_path")
+        ),
+        ".metadata", "is damaged ('_StorageInfo' object has no attribute 'relative_path')",
+    ),
+    "a record without a key": (
+        lambda state, _: edit(
+            state, lambda m: m.storage_data.update({MetadataIndex(None): _StorageInfo("a", 0, 1)})
+        ),
+        ".metadata is damaged", "argument of type 'NoneType' is not",
+    ),
+    "no such file": (
+        lambda state, _: edit(state, lambda m: setattr(
+            m.storage_data[next(i for i in m.storage_data if i.fqn == RNG)],
+            "relative_path", "__7_0.distcp",
+        )),
+        ".metadata is damaged", "it names __7_0.distcp, which is no file beside it",
+    ),
 }  # fmt: skip
 
 
