@@ -159,6 +159,11 @@ def _hub(name: str, local: str) -> Source:
             f"{name} comes from the Hugging Face Hub through datasets, which is not installed: "
             f"pip install datasets, or download the files yourself: {local}"
         ) from error
+    if int(datasets.__version__.split(".")[0]) < 4:  # they run the scripts of a data set
+        raise UserError(
+            f"{name}: datasets {datasets.__version__} may run code of the data set: pip install "
+            f"'datasets>=4', or download the files yourself: {local}"
+        )
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -126,6 +127,9 @@ def test_without_datasets_the_package_and_the_local_option_are_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install datasets, .*prepare math OUT --source FILE"):
+        open_source(["org/set"], "prepare math OUT")
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(__version__="3.6.0"))
+    with pytest.raises(UserError, match=r"org/set: datasets 3.6.0 .*pip install 'datasets>=4'"):
         open_source(["org/set"], "prepare math OUT")
 
 
