@@ -94,9 +94,12 @@ class _Unpickler(pickle.Unpickler):
         if full == "builtins.getattr":
             return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        is_recipe = module == RECIPES and name.isidentifier()
-        if name in self._listed.get(module, ()) or is_dtype or (is_recipe and self._more):
+        if name in self._listed.get(module, ()) or is_dtype:
             return super().find_class(module, name)
+        if module == RECIPES and name.isidentifier() and self._more:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == RECIPES:  # not what it imports
+                return found
         raise _Refused(full)
 
 

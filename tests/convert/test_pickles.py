@@ -4,10 +4,12 @@ import io
 import os
 import pickle
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.convert import nemo
-from megatron_deft.convert.pickles import require_safe
+from megatron_deft.convert.pickles import RECIPES, _Refused, _Unpickler, require_safe
 from megatron_deft.convert.state import StateReader
 from megatron_deft.errors import UserError
 from tests.convert.test_nemo import write_nemo
@@ -207,6 +209,22 @@ def test_a_harmful_state_is_refused_by_file_and_name(run: Path, tmp_path: Path, 
     if file == ".metadata":
         assert message_of(lambda: StateReader(state)) == message
     assert not mark.exists()
+
+
+def test_of_a_recipe_only_its_own_classes_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """BUILD sets the attributes of whatever was found: of `os`, which the module imports."""
+    module = ModuleType(RECIPES)
+    module.os, module.Format = os, type("Format", (), {"__module__": RECIPES})  # type: ignore
+    for name in ("transformer_engine", "transformer_engine.common", RECIPES):
+        monkeypatch.setitem(sys.modules, name, module)
+
+    def found(name: str) -> Any:
+        data = io.BytesIO(f"c{RECIPES}\n{name}\n.".encode())
+        return _Unpickler(data, {}, {"a.b": None}).load()
+
+    assert found("Format") is module.Format
+    with pytest.raises(_Refused, match=f"{RECIPES}.os"):
+        found("os")
 
 
 def test_the_harm_is_real(tmp_path: Path) -> None:
