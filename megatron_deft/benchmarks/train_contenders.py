@@ -222,7 +222,7 @@ def hugging_face(turns: Turns, settings: Settings) -> None:
         remove_unused_columns=False,
     )
     model = transformers.AutoModelForCausalLM.from_pretrained(
-        settings["model"], dtype=torch.float32, trust_remote_code=False
+        settings["model"], dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
     )
     trainer = Released(model, arguments, train_dataset=Samples(), callbacks=[Turn()])
     # the loss divides by the labels of the whole step; so it does for models that take the count

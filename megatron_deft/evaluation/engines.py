@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_deft.data.task import one_line
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation.folder import (
+    check_attention,
     check_folder,
     check_loaded,
     end_ids,
@@ -98,16 +99,18 @@ def load_model(folder: Path, dtype: str) -> Any:
     Errors: UserError where it cannot be loaded whole.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     automatic = "auto" if device().type == "cuda" else torch.float32
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_attention(folder, config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES.get(dtype, automatic), local_files_only=True,
+            folder, config=config, dtype=DTYPES.get(dtype, automatic), local_files_only=True,
             trust_remote_code=False, output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are named below
         )  # fmt: skip
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: transformers cannot load it: {one_line(error)}") from error
     model, found = loaded
     check_loaded(folder, found)

@@ -21,6 +21,8 @@ END_TOKENS = (
     "</s>",
 )
 
+ATTENTION = ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3")
+
 
 def check_folder(folder: str | Path) -> Path:
     """`folder` if it looks like a Hugging Face model. Errors: UserError with what to do."""
@@ -42,6 +44,22 @@ def check_folder(folder: str | Path) -> Path:
         "fetch it again",
     )
     return path
+
+
+def check_attention(folder: Path, config: Any) -> None:
+    """No part of `config`, transformers' own, names attention code that the Hub would send.
+
+    Errors: UserError naming it. transformers 4 fetches and runs whatever kernel a config names.
+    """
+    name = getattr(config, "_attn_implementation", None)
+    if name is not None and name not in ATTENTION:
+        raise UserError(
+            f"{folder}: its config.json asks for the attention implementation {name}, which would "
+            f"be code from elsewhere: legal are {', '.join(ATTENTION)}; take it out of the file"
+        )
+    for part in vars(config).values():
+        if hasattr(part, "_attn_implementation"):
+            check_attention(folder, part)
 
 
 def check_loaded(folder: Path, found: Mapping[str, Any]) -> None:

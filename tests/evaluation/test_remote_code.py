@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from megatron_deft.data import tokenizer
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation import folder
 from megatron_deft.evaluation.engines import load_model
+from megatron_deft.evaluation.folder import check_attention
 
 LOADERS = ("from_pretrained", "from_config", "LLM", "HFLM", "load_dataset", "pipeline")
 
@@ -70,3 +72,25 @@ def test_code_beside_a_model_is_refused(
     assert "\n" not in str(caught.value)
     assert "custom code" in str(caught.value)
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_from_the_hub_is_refused(base: Path, tmp_path: Path, key: str) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(base / "hf", model)
+    config = json.loads((model / "config.json").read_text())
+    for name in ("sdpa", "evil-org/evil-kernel"):
+        (model / "config.json").write_text(json.dumps({**config, key: name}))
+        if name == "sdpa":
+            load_model(model, "fp32")
+            continue
+        with pytest.raises(UserError) as caught:
+            load_model(model, "fp32")
+        assert "asks for the attention implementation evil-org/evil-kernel" in str(caught.value)
+
+
+def test_attention_of_a_part_is_looked_at() -> None:
+    part = SimpleNamespace(_attn_implementation="evil-org/evil-kernel")
+    whole = SimpleNamespace(_attn_implementation=None, text_config=part)
+    with pytest.raises(UserError, match="evil-org/evil-kernel"):
+        check_attention(Path("model"), whole)
