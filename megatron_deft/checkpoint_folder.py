@@ -12,6 +12,7 @@ in here, so that looking at a folder costs nothing.
 """
 
 import json
+import logging
 import re
 import shutil
 import threading
@@ -59,6 +60,7 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
     "adapter": _or_none(dict),
 }
 
+logger = logging.getLogger(__name__)
 _DROPPING = threading.Lock()  # a save's thread and the one that sees to exports take turns
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+(-\d+)?")
@@ -246,10 +248,11 @@ def candidates(root: str | Path) -> tuple[list[Path], list[tuple[Path, str]]]:
             skipped.append((path, "half-written: it still has its temporary name"))
         elif (match := _STEP_NAME.fullmatch(path.name)) and path.is_dir():
             steps.append((int(match.group(1)), path))
-    if (root / LATEST).is_file():
-        named = root / (root / LATEST).read_text(encoding="utf-8").strip()
-        if not named.is_dir():
-            skipped.append((named, f"missing, though {LATEST} names it"))
+    named, damage = named_by_latest(root)
+    if damage:
+        skipped.append((root / LATEST, damage))
+    elif named is not None and not named.is_dir():
+        skipped.append((named, f"missing, though {LATEST} names it"))
     return [path for _, path in sorted(steps, reverse=True)], skipped
 
 
@@ -277,13 +280,29 @@ def write_latest(root: str | Path, name: str) -> None:
         handle.write(name + "\n")
 
 
+def named_by_latest(root: str | Path) -> tuple[Path | None, str]:
+    """The folder that RUN/checkpoints/latest names (`root` is RUN/checkpoints), there or not, and
+    what is wrong with that file, empty for nothing; None where it is absent or damaged."""
+    path = Path(root) / LATEST
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None, ""
+    except OSError as error:
+        return None, f"cannot be read ({error.strerror})"
+    if _STEP_NAME.fullmatch(text) is None:
+        return None, f"damaged: it holds {text[:40]!r} and not the name of a checkpoint"
+    return path.with_name(text), ""
+
+
 def resolve(path: str | Path) -> Path:
     """The checkpoint folder a user means by `path`.
 
     Accepts a weights folder, a checkpoint folder, a run folder, RUN/checkpoints, or the file
-    RUN/checkpoints/latest. A run stands for what `latest` names; without that file, for its
-    highest step. Errors: UserError when nothing is there or what is named is unfinished. An older
-    checkpoint is never taken instead: what someone exports must be what they think it is.
+    RUN/checkpoints/latest. A run stands for what `latest` names; where that file is absent or
+    damaged, for its highest step. Errors: UserError when nothing is there or what is named is
+    unfinished. An older checkpoint is never taken instead: what someone exports must be what they
+    think it is.
     """
     path = Path(path)
     if not path.exists():
@@ -295,10 +314,9 @@ def resolve(path: str | Path) -> Path:
     if path.is_dir() and (path / MANIFEST).exists():
         return path
     root = path.parent if path.is_file() else _checkpoints(path)
-    pointer = root / LATEST
-    if pointer.is_file():
-        target = root / pointer.read_text(encoding="utf-8").strip()
-        why = f"{pointer} names it"
+    named, damage = named_by_latest(root)
+    if named is not None:
+        target, why = named, f"{root / LATEST} names it"
     else:
         names = [p.name for p in root.iterdir() if _STEP_NAME.fullmatch(p.name)]
         if not names:
@@ -308,6 +326,8 @@ def resolve(path: str | Path) -> Path:
             )
         target = root / max(names, key=lambda name: (len(name), name))
         why = "the highest step"
+        if damage:
+            logger.warning("%s is %s; %s is used", root / LATEST, damage, target.name)
     if not (target / MANIFEST).exists():
         raise UserError(
             f"{target} ({why}) is unfinished or gone: name one of the other step_ folders in {root}"

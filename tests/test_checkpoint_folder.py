@@ -207,7 +207,7 @@ def test_nothing_to_resume_from(tmp_path: Path) -> None:
     assert folders.newest_whole(tmp_path / "absent") == (None, [])
 
 
-def test_resolve(tmp_path: Path) -> None:
+def test_resolve(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights = make(tmp_path / "weights")
     root = tmp_path / "run" / "checkpoints"
     first, second = make(root / "step_00000001"), make(root / "step_00000002")
@@ -220,6 +220,13 @@ def test_resolve(tmp_path: Path) -> None:
         assert folders.resolve(start) == first
     folders.write_latest(root, "step_00000002")
     assert folders.resolve(tmp_path / "run") == second
+    for damaged in (b"\xff\xfe\0bad", b"", b"../checkpoints/step_00000001"):
+        (root / "latest").write_bytes(damaged)
+        for start in (tmp_path / "run", root / "latest"):
+            assert folders.resolve(start) == second
+            assert "not the name of a checkpoint; step_00000002 is used" in caplog.text
+            caplog.clear()
+        assert folders.candidates(root)[1][0][0] == root / "latest"
 
 
 @pytest.mark.parametrize(

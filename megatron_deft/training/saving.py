@@ -260,8 +260,8 @@ class Saver:
     def _give_up(self, save: _Save, cause: str, remedy: str) -> None:
         """Remove what there is of it. Errors: always the UserError."""
         self._current = None
-        latest = self._root / checkpoint_folder.LATEST
-        newest = latest.read_text().strip() if latest.is_file() else "none"
+        named, _ = checkpoint_folder.named_by_latest(self._root)
+        newest = "none" if named is None else named.name
         dist.barrier()  # everybody has read it
         if dist.get_rank() == 0:
             shutil.rmtree(save.temporary, ignore_errors=True)

@@ -19,6 +19,7 @@ LAYOUT = {
     "train.save_every": 1,
 }
 NEWEST, BEFORE = "step_00000002", "step_00000001"
+LATEST = "../latest"  # seen from the newest
 
 
 def flip_a_digit(path: Path) -> None:
@@ -30,6 +31,10 @@ def flip_a_digit(path: Path) -> None:
 
 def cut_short(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-7])
+
+
+def not_a_name(path: Path) -> None:
+    path.write_bytes(b"\xff\xfe\0bad")
 
 
 def half_written(path: Path) -> None:
@@ -52,6 +57,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("hf/config.json", Path.unlink, "is missing"),
     ("", half_written, "half-written"),
     ("", shutil.rmtree, "missing, though latest names it"),
+    (LATEST, not_a_name, "not the name of a checkpoint"),
 ]
 
 
@@ -81,7 +87,8 @@ def test_the_run_ends_as_if_nothing_had_been_damaged(base: Path, tmp_path: Path)
     losses = [(line["step"], line["loss"]) for line in metrics(whole)]
     for cfg, said, (name, _, why) in zip(runs, answers, DAMAGE, strict=True):
         warning = next(line for line in said.splitlines() if line.startswith("warning:"))
-        for part in (NEWEST, name, why, f"going on from {BEFORE}"):
+        start = NEWEST if name == LATEST else BEFORE
+        for part in (NEWEST, name.removeprefix("../"), why, f"going on from {start}"):
             assert part in warning, (name, why)
         run_dir = Path(cfg.run_dir)
         assert [(line["step"], line["loss"]) for line in metrics(run_dir)] == losses, (name, why)
