@@ -140,31 +140,44 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 
 def verify(
     folder: str | Path,
-    checksums: bool | Container[str] = True,
+    checksums: bool | slice | Container[str] = True,
     known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[str]:
     """What is wrong with `folder`, one line per problem; empty when it is whole.
 
-    Compares every file of the manifest by presence and size, then by checksum: all, none, or those
-    named in `checksums`. `known` are hashes, as of `hash_files`, that are not computed again.
+    Compares every file of the manifest by presence and size, then by checksum: all, none, those
+    named in `checksums`, or that slice of the sorted names. `known` are hashes, as of `hash_files`,
+    that are not computed again. What cannot be read is a problem like any other.
     """
     folder = Path(folder)
     try:
         recorded = read_manifest(folder)["files"]
     except UserError as error:
         return [str(error)]
+    except OSError as error:
+        return [f"{MANIFEST} cannot be read ({error.strerror})"]
     known = known or {}
+    if isinstance(checksums, slice):
+        checksums = sorted(recorded)[checksums]
     named = (recorded if checksums else ()) if isinstance(checksums, bool) else checksums
-    problems = []
-    for name, want in recorded.items():
-        path = folder / name
+    found = (
+        _problem(folder / name, want, known.get(name), name in named)
+        for name, want in recorded.items()
+    )
+    return [f"{name} {why}" for name, why in zip(recorded, found, strict=True) if why]
+
+
+def _problem(path: Path, want: Any, known: Any, is_hashed: bool) -> str:
+    try:
         if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != want["bytes"]:
-            problems.append(f"{name} has {size} bytes instead of {want['bytes']}")
-        elif name in named and (known.get(name) or hash_file(path)) != want:
-            problems.append(f"{name} does not match its checksum")
-    return problems
+            return "is missing"
+        if (size := path.stat().st_size) != want["bytes"]:
+            return f"has {size} bytes instead of {want['bytes']}"
+        if is_hashed and (known or hash_file(path)) != want:
+            return "does not match its checksum"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
 
 
 def write_source(export: str | Path, manifest: Mapping[str, Any]) -> None:

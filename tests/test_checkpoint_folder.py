@@ -1,5 +1,6 @@
 """The manifest: damage of every kind is found and named, and the newest whole folder is picked."""
 
+import errno
 import json
 import os
 import subprocess
@@ -81,6 +82,21 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], says: s
     path = make(tmp_path / "a")
     damage(path / "state" / "__0_0.distcp")
     assert folders.verify(path) == [f"state/__0_0.distcp {says}" + " checksum" * ("blake" in says)]
+
+
+def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make(tmp_path / "a")
+
+    def fail(path: Path, *_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(folders, "hash_file", fail)
+    says = "cannot be read (Input/output error)"
+    names = folders.list_files(path)
+    assert folders.verify(path) == [f"{name} {says}" for name in names]
+    assert folders.verify(path, slice(1, None, 2)) == [f"{name} {says}" for name in names[1::2]]
+    monkeypatch.setattr(Path, "read_text", fail)
+    assert folders.verify(path) == [f"megatron_deft.json {says}"]
 
 
 def test_a_flipped_digit_of_the_manifest_is_found(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from megatron_deft.config import RunConfig
 from megatron_deft.config.stages import COUNTED, GIVEN
 from megatron_deft.convert.pickles import require_safe
 from megatron_deft.errors import UserError
-from megatron_deft.hashing import hash_files
 from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import chunk_state
@@ -198,12 +198,10 @@ def _problems(folder: Path) -> list[str]:
     problems = _from_rank_0(checkpoint_folder.verify(folder, checksums=False))
     if problems:
         return problems
-    recorded = checkpoint_folder.read_manifest(folder)["files"]
-    names = sorted(recorded)[dist.get_rank() :: dist.get_world_size()]
-    found = hash_files(folder, names)
+    share = slice(dist.get_rank(), None, dist.get_world_size())
     wrong: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(wrong, [name for name in names if found[name] != recorded[name]])
-    return [f"{name} does not match its checksum" for part in wrong for name in part]
+    dist.all_gather_object(wrong, checkpoint_folder.verify(folder, checksums=share))
+    return list(dict.fromkeys(chain.from_iterable(wrong)))
 
 
 def load(

@@ -1,13 +1,18 @@
 """A newest checkpoint that is damaged, in each of its files: the one before is gone on from."""
 
+import errno
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+from megatron_deft import checkpoint_folder
 from megatron_deft.checkpoint_folder import MANIFEST
 from megatron_deft.config import RunConfig
+from megatron_deft.hashing import hash_file
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics, train_all
 from tests.training.test_trainer import flip_a_byte
@@ -41,6 +46,17 @@ def half_written(path: Path) -> None:
     path.rename(path.with_name(f".{path.name}.tmp-77"))
 
 
+def unreadable(path: Path) -> None:
+    """Whoever opens it hears of a bad disk; see `hear_all`."""
+    path.with_name(f"{path.name}.unreadable").touch()
+
+
+def read(path: Path) -> dict[str, Any]:
+    if path.with_name(f"{path.name}.unreadable").exists():
+        raise OSError(errno.EIO, "Input/output error")
+    return hash_file(path)
+
+
 # File of the checkpoint -> what is done to it, what is said of it.
 DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("state/__0_0.distcp", flip_a_byte, "does not match its checksum"),
@@ -57,6 +73,7 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("hf/config.json", Path.unlink, "is missing"),
     ("", half_written, "half-written"),
     ("", shutil.rmtree, "missing, though latest names it"),
+    ("state/__0_0.distcp", unreadable, "cannot be read (Input/output error)"),
     (LATEST, not_a_name, "not the name of a checkpoint"),
 ]
 
@@ -64,7 +81,8 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
 def hear_all(rank: int, world: int, configs: list[RunConfig]) -> list[str]:
     answers = []
     for cfg in configs:
-        with redirect_stdout(StringIO()) as said:
+        faulty = mock.patch.object(checkpoint_folder, "hash_file", read)
+        with faulty, redirect_stdout(StringIO()) as said:
             train_all(rank, world, [cfg])
         answers.append(said.getvalue())
     return answers
