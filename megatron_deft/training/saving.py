@@ -84,6 +84,7 @@ class Saved:
     bytes:   of its tensors, about
     seconds: from the call that began it until it was seen to be whole
     waited:  of these, how long the training stood still
+    warning: on rank 0: what went wrong once it was whole, empty for nothing
     """
 
     folder: Path
@@ -91,6 +92,7 @@ class Saved:
     bytes: int
     seconds: float
     waited: float
+    warning: str
 
 
 @dataclass
@@ -218,10 +220,11 @@ class Saver:
         while self._is_done(save, wait_for_it):
             if save.is_gathered:
                 self._current = None
+                warning = next((work.result() for work in save.work), "")
                 end = time.perf_counter()
                 waited, total = save.waited + end - begin, end - save.begin
                 self._seconds |= {"save_seconds": waited, "save_total_seconds": total}
-                return Saved(save.final, save.step, save.bytes, total, waited)
+                return Saved(save.final, save.step, save.bytes, total, waited, warning)
             self._gather(save, spare)
         save.waited += time.perf_counter() - begin
         return None
@@ -320,8 +323,11 @@ def _write_rest(save: _Save, companions: Companions) -> _Written:
 
 def _publish(
     save: _Save, parts: Sequence[_Written], keep: int | None, spare: Collection[Path]
-) -> None:
-    """Give the finished folder its metadata, manifest and name; publish_folder syncs them all."""
+) -> str:
+    """Give the finished folder its metadata, manifest and name; publish_folder syncs them all.
+
+    returns: a warning when older checkpoints could not be removed, else nothing
+    """
     state = save.temporary / "state"
     save.plan.writer.finish(save.plan.metadata, [part.records for part in parts])
     save_config(CheckpointingConfig(save.plan.backend, save.plan.version), str(state))
@@ -333,7 +339,13 @@ def _publish(
     )
     publish_folder(save.temporary, save.final, overwrite=True)
     checkpoint_folder.write_latest(save.final.parent, save.final.name)
-    checkpoint_folder.drop_oldest(save.final.parent, save.final, keep, spare)
+    try:
+        checkpoint_folder.drop_oldest(save.final.parent, save.final, keep, spare)
+    except (
+        OSError
+    ) as error:  # someone reads it over a network file system; the next save tries again
+        return f"what train.keep_checkpoints drops could not be removed: {error}"
+    return ""
 
 
 def _hashes(folder: Path, paths: Sequence[Path]) -> dict[str, dict[str, Any]]:

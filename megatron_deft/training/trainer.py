@@ -393,7 +393,7 @@ class Trainer:
         self.files = saved.folder / "hf"
         waited = f", training waited {saved.waited:.1f} s" * self.cfg.checkpoint.async_save
         say(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
-        if warning := little_room(self.run_dir, saved.bytes):
+        for warning in filter(None, (saved.warning, little_room(self.run_dir, saved.bytes))):
             say(f"warning: {warning}")
         if dist.get_rank() == 0:
             self.exports.saved(saved.folder, saved.step == self.data.total_steps)
