@@ -30,6 +30,9 @@ from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import chunk_state
 from megatron_deft.training.exports import FOLDER as EXPORTS
 from megatron_deft.training.optimizer import restore, sharded_state, steps
+from megatron_deft.training.restarts import Attempt
+
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -141,17 +144,24 @@ def _model_state(model: Sequence[GPTModel]) -> dict[str, Any]:
     return {name: adapters_alone(state) or state for name, state in states.items()}
 
 
-def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
+def find(attempt: Attempt, asked: str) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from (None: start at step 0) and warnings to show.
 
     Rank 0 lists what is there; all ranks together read and compare the checksums.
 
-    resume: "no", "auto", "must" or a folder, as train.resume says
+    asked: train.resume: "no", "auto", "must" or a folder
     Errors: UserError (on every rank) when there is none and there must be, when a named one is
-    damaged, or when "no" would overwrite a run.
+    damaged, or when "no" or a folder of another run would overwrite a run.
     """
+    run_dir, resume = attempt.run_dir, attempt.resume(asked)
     if resume not in ("no", "auto", "must"):
         folder = checkpoint_folder.resolve(resume)
+        # an attempt before this one may have left its metrics
+        if attempt.number == 1 and _from_rank_0(_mixes_runs(run_dir, folder)):
+            raise UserError(
+                f"train.resume={resume} is of another run, and run_dir={run_dir} holds checkpoints "
+                "or metrics of its own: choose another run_dir"
+            )
         check(folder, "train.resume")
         return folder, []
     candidates, skipped = _from_rank_0(checkpoint_folder.candidates(run_dir))
@@ -168,11 +178,10 @@ def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
                 f"run_dir={run_dir} holds checkpoints up to {newest.name}: pass --resume to go on "
                 "from there, or choose another run_dir"
             )
-        metrics = run_dir / "metrics.jsonl"
-        if _from_rank_0(metrics.is_file() and metrics.stat().st_size > 0):
+        if _from_rank_0(_has_metrics(run_dir)):
             raise UserError(
                 f"run_dir={run_dir} holds the metrics of another run: choose another run_dir, or "
-                f"remove {metrics}"
+                f"remove {run_dir / METRICS}"
             )
         return None, []
     if newest is None and resume == "must":
@@ -183,6 +192,18 @@ def find(run_dir: Path, resume: str) -> tuple[Path | None, list[str]]:
         )
     used = f"going on from {newest.name}" if newest else "starting at step 0"
     return newest, [f"{path} is passed over ({why}); {used}" for path, why in skipped]
+
+
+def _has_metrics(run_dir: Path) -> bool:
+    metrics = run_dir / METRICS
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def _mixes_runs(run_dir: Path, folder: Path) -> bool:
+    """Whether going on from `folder` in run_dir would leave two runs in one folder."""
+    if folder.resolve().parent == (run_dir / "checkpoints").resolve():
+        return False
+    return bool(checkpoint_folder.candidates(run_dir)[0]) or _has_metrics(run_dir)
 
 
 def check(folder: Path, key: str) -> None:

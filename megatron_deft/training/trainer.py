@@ -74,7 +74,7 @@ class Trainer:
         self.attempt = attempt or Attempt(self.run_dir)
         for note in self.attempt.notes(cfg.train.resume):
             say(note)
-        resume, warnings = checkpointing.find(self.run_dir, self.attempt.resume(cfg.train.resume))
+        resume, warnings = checkpointing.find(self.attempt, cfg.train.resume)
         for warning in warnings:
             say(f"warning: {warning}")
         self.files = base.files if resume is None else resume / "hf"

@@ -2,10 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from megatron_deft import checkpoint_folder as folders
+from megatron_deft.errors import UserError
 from megatron_deft.training import checkpointing
 from megatron_deft.training.checkpointing import Position
 from megatron_deft.training.exports import FOLDER
+from megatron_deft.training.restarts import Attempt
 
 
 def test_later_checkpoints_and_their_exports_make_way(tmp_path: Path) -> None:
@@ -28,3 +32,27 @@ def test_later_checkpoints_and_their_exports_make_way(tmp_path: Path) -> None:
 def test_nothing_makes_way_in_a_new_folder(tmp_path: Path) -> None:
     assert checkpointing.clear_the_way(tmp_path, Position(0, 0)) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_two_runs_are_not_mixed_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpointing, "_from_rank_0", lambda value: value)
+    monkeypatch.setattr(checkpointing, "_problems", lambda folder: [])
+    run, other, logged, new = (tmp_path / name for name in ("run", "other", "logged", "new"))
+    for run_dir in (run, other):
+        folders.write_manifest(make(run_dir / "checkpoints" / "step_00000005"), kind="training",
+                               spec={})  # fmt: skip
+    (make(logged) / "metrics.jsonl").write_text("{}\n")
+    theirs = str(other / "checkpoints" / "step_00000005")
+    for run_dir in (run, logged):
+        with pytest.raises(UserError, match=f"run_dir={run_dir} .*choose another run_dir"):
+            checkpointing.find(Attempt(run_dir), theirs)
+    # an earlier attempt of the same job, the run's own, a new folder
+    for attempt in (Attempt(logged, number=2), Attempt(other), Attempt(new)):
+        assert checkpointing.find(attempt, theirs) == (Path(theirs), [])
+
+
+def make(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
