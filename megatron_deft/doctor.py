@@ -120,7 +120,7 @@ def _device() -> tuple[Finding, bool]:
         import torch
 
         from megatron_deft.platform import backend
-    except (ImportError, OSError) as error:
+    except Exception as error:  # as in _used
         return Finding("device", f"torch does not load: {error}", "pip install torch", True), False
     gpu = backend() == "nccl"
     if not gpu:
@@ -237,8 +237,8 @@ def _used(gpu: bool) -> Iterator[Finding]:
     for ask in (lambda: _loss_kernels(gpu), _layers):
         try:
             yield from ask()
-        except (ImportError, OSError, RuntimeError) as error:
-            why = " ".join(str(error).split())
+        except Exception as error:  # a package that is broken may raise anything at its import
+            why = " ".join(f"{type(error).__name__}: {error}".split())
             yield Finding("training", f"does not import: {why}", _REINSTALL, True, USED)
 
 

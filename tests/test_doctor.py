@@ -62,6 +62,16 @@ def test_without_torch_it_still_reports(monkeypatch):
     assert not healthy(findings)
 
 
+def test_a_package_that_is_broken_is_named(monkeypatch):
+    def broken():
+        raise AttributeError("half\nbuilt")
+
+    monkeypatch.setattr(doctor, "_layers", broken)
+    findings = examine()
+    assert not healthy(findings)
+    assert any(f.found == "does not import: AttributeError: half built" for f in findings)
+
+
 def test_every_row_is_aligned():
     text = report([Finding("a", "1"), Finding("long-name", "2")])
     assert text.splitlines()[:2] == ["a          1", "long-name  2"]
