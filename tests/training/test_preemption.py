@@ -4,7 +4,11 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
+import pytest
+
+from megatron_deft.training import preemption
 from megatron_deft.training.preemption import REASONS, Preemption
 
 
@@ -35,6 +39,12 @@ def test_it_ends_while_a_forked_reader_of_data_lives() -> None:
         os.waitpid(child, 0)
 
 
-def test_time_is_up_when_a_step_and_a_save_no_longer_fit() -> None:
-    assert raised(Preemption(exit_seconds=1e9)) == []
-    assert raised(Preemption(exit_seconds=0.0)) == ["train.exit_duration"]
+def test_time_is_up_when_a_step_and_a_save_no_longer_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(preemption, "_start_of_job", lambda: 0.0)
+    monkeypatch.setattr(preemption, "time", SimpleNamespace(time=lambda: now))
+    listener = Preemption(exit_seconds=100.0)
+    listener.saved(20.0)
+    for now, is_late in ((30.0, False), (40.0, False), (50.0, False), (51.0, True)):
+        # the longest step took 30 s
+        assert raised(listener) == ["train.exit_duration"] * is_late, now
