@@ -28,7 +28,11 @@ NOT_EMPTY = Legal("non-empty", bool)
 # Pipeline stages and tensor ranks add to it, and torch takes less than 2^64.
 SEED = Legal(">= 0 and < 2^63", lambda value: 0 <= value < 2**63)
 ABOVE_0_EACH = Legal("> 0", lambda value: value == () or value > 0)
-DURATION = Legal("minutes above 0, or such as 90s, 45m, 3h50m, 1d12h", lambda v: seconds(v) > 0)
+LONGEST = 1000 * 86400  # seconds of a duration: far beyond any job, within what timers can count
+DURATION = Legal(
+    "minutes above 0, or such as 90s, 45m, 3h50m, 1d12h; at most 1000d",
+    lambda v: 0 < seconds(v) <= LONGEST,
+)
 RECOMPUTED = ("core_attn", "layernorm", "mlp", "moe")
 MODULES = Legal(f"among {', '.join(RECOMPUTED)}", lambda value: value == () or value in RECOMPUTED)
 NAMES = Legal("non-empty names", lambda value: value == () or bool(value))
@@ -48,9 +52,8 @@ def seconds(duration: float | str) -> float:
         return 60.0 * duration
     found = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", duration)
     numbers = found.groups() if found else ()
-    return float(
-        sum(int(n or 0) * size for n, size in zip(numbers, (86400, 3600, 60, 1), strict=False))
-    )
+    parts = zip(numbers, _UNITS, strict=False)
+    return sum((float(n or 0) * size for n, size in parts), 0.0)  # int() takes no 5000 digits
 
 
 def type_words(hint: Any) -> str:

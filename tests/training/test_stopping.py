@@ -183,14 +183,24 @@ def test_the_verdict_on_ranks_that_wait_for_each_other() -> None:
 
 @pytest.mark.parametrize(
     ("text", "seconds"),
-    [(1.5, 90), ("90s", 90), ("3h50m", 13800), ("1d12h", 129600), ("45m", 2700)],
+    [
+        (1.5, 90),
+        ("1000d", 86_400_000),
+        ("90s", 90),
+        ("3h50m", 13800),
+        ("1d12h", 129600),
+        ("45m", 2700),
+    ],
 )
 def test_durations(base: Path, tmp_path: Path, text: Any, seconds: float) -> None:
     cfg = config(base, tmp_path / "run", **{"train.exit_duration": text})
     assert cfg.train.exit_seconds == seconds
 
 
-@pytest.mark.parametrize("text", ["soon", "0", "0h", "5 m", "m", "-3", "''"])
+TOO_LONG = ["1e12", "99999999999999999999d", "9" * 5000 + "s", "1000d1s", "1440000.1"]
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "0h", "5 m", "m", "-3", "''", *TOO_LONG])
 def test_what_is_no_duration_is_refused(base: Path, tmp_path: Path, text: str) -> None:
     with pytest.raises(ValueError, match=r"train\.hang_timeout=.*3h50m"):
         config(base, tmp_path / "run", **{"train.hang_timeout": text})
