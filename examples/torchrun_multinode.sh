@@ -40,7 +40,7 @@ checked=$(python -m megatron_deft train "$@" --dry-run \
   --nproc-per-node "$processes" --nnodes "$nodes" --rdzv-endpoint "$endpoint") || exit $?
 run_dir=$(python -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<< "$checked")
 logs=$run_dir/logs/$(hostname)
-mkdir -p "$logs"
+mkdir -p -- "$logs"
 
 # Ranks make their store anew at each start. One that the agent keeps holds addresses of the dead.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
@@ -69,7 +69,7 @@ esac
 
 exec 3> >(
   trap '' USR1 TERM INT
-  exec tee -a "$logs/agent.log"
+  exec tee -a -- "$logs/agent.log"
 )
 tee=$!
 ( # the agent must survive the signal that only its ranks understand
@@ -77,7 +77,7 @@ tee=$!
   exec torchrun --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${JOB_ID:-megatron_deft}" \
     --rdzv-conf "$conf" ${ADDRESS:+--local-addr "$ADDRESS"} \
-    --log-dir "$logs" --tee 3 -m megatron_deft.train "$@"
+    --log-dir="$logs" --tee 3 -m megatron_deft.train "$@"
 ) >&3 2>&1 3>&- &
 agent=$!
 exec 3>&-

@@ -150,6 +150,19 @@ def test_a_slurm_job_that_is_told_to_stop_goes_on_from_the_queue(config, undistu
     assert values(run_dir) == undisturbed
 
 
+def test_a_run_dir_may_begin_with_a_dash(config: Path, tmp_path: Path) -> None:
+    torchrun = tmp_path / "torchrun"
+    torchrun.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    torchrun.chmod(0o755)
+    path = f"{tmp_path}:{environment()['PATH']}"
+    command = ["bash", str(SCRIPT), str(config), "run_dir=-x/y"]
+    subprocess.run(
+        command, env=environment(PATH=path), cwd=tmp_path, check=True, timeout=PATIENCE
+    )  # fmt: skip
+    logs = Path("-x/y/logs", socket.gethostname())
+    assert f"--log-dir={logs}\n" in (tmp_path / logs / "agent.log").read_text()
+
+
 @pytest.mark.parametrize(
     ("script", "arguments", "more", "message"),
     [
