@@ -334,10 +334,14 @@ def test_an_objective_that_keeps_nothing_says_so(base: Path, tmp_path: Path) -> 
 def test_what_changed_since_the_checkpoint_is_used_and_named(base: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_ranks(1, train_all, [config(base, run_dir, **{"train.steps": 2, "train.save_every": 1})])
+    low = "".join(json.dumps({"step": 2, "loss": 0.5 + n / 1e4}) + "\n" for n in range(20))
+    (run_dir / "metrics.jsonl").write_text(low)
     changed = {"seed": 5, "optim.weight_decay": 0.5, "train.steps": 3, "train.resume": "must"}
     said = run_ranks(1, train_and_hear, config(base, run_dir, **changed))[0]
     assert "seed is 5 now and was 1234; samples come in another order" in said
     assert "optim.weight_decay is 0.5 now and was 0.01" in said
+    height = metrics(run_dir)[-1]["loss_spike"]
+    assert f"is {height:.1f} standard deviations above the median" in said
     other = config(base, run_dir, **changed, **{"parallel.distributed_optimizer": "false"})
     assert "was saved with True" in run_ranks(1, refused, other)[0]
 
