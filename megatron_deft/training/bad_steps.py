@@ -54,7 +54,8 @@ class BadSteps:
         """Write the samples of a skipped step; one rank does.
 
         A line per row of the global batch: {"row": 17, "documents": [{"tokens": [...], "labels":
-        [...]}]}, labels as the loss gets them: the token that follows, -100 where none is trained.
+        [...], "weights": [...]}]}, labels and their weights as the loss gets them: the token that
+        follows, -100 and 0 where none is trained.
         """
         path = self.file(step)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,4 +81,7 @@ def _documents(data: Rows, row: int) -> list[dict[str, Any]]:
         for document in data.documents(row)
         if len(document.tokens) > 1
     ]
-    return [{name: batch[name][0].tolist() for name in ("tokens", "labels")} for batch in batches]
+    return [
+        {name: batch[name][0].tolist() for name in ("tokens", "labels", "weights")}
+        for batch in batches
+    ]

@@ -130,6 +130,8 @@ def test_a_run_with_spoilt_samples_goes_on_and_resumes_exactly(base: Path, tmp_p
             assert trained
             # a label is the token that follows
             assert document["labels"][-2] in (-100, document["tokens"][-1])
+            # the cause is there to be seen
+            assert (max(document["weights"]) > 1e38) == (row["row"] in {5, 44})
     saved = {int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step_*")}
     assert saved == set(range(1, 13)) - set(bad) | ({12} & set(bad))
     # from before the first bad step, and from between the first and the second
