@@ -150,6 +150,14 @@ def test_a_slurm_job_that_is_told_to_stop_goes_on_from_the_queue(config, undistu
     assert values(run_dir) == undisturbed
 
 
+def test_a_signal_before_srun_is_there_is_kept() -> None:
+    text = BATCH.read_text()
+    head = text[text.index("preempted=") : text.index("# When one agent")]
+    script = f'set -euo pipefail\n{head}\nkill -USR1 $$\necho "$preempted"'
+    result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "yes\n"), result.stderr
+
+
 def test_a_run_dir_may_begin_with_a_dash(config: Path, tmp_path: Path) -> None:
     torchrun = tmp_path / "torchrun"
     torchrun.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
