@@ -29,6 +29,7 @@ fail() {
 
 [ $# -gt 0 ] || fail "usage: NNODES=4 ENDPOINT=node1:29500 $0 CONFIG [KEY=VALUE ...]"
 command -v torchrun > /dev/null || fail "torchrun is not on the PATH: activate the environment"
+command -v pkill > /dev/null || fail "pkill is not on the PATH, and hands signals on: install procps"
 nodes=${NNODES:-1}
 endpoint=${ENDPOINT:-localhost:0}
 [ "$nodes" = 1 ] || [ -n "${ENDPOINT:-}" ] || fail "NNODES=$nodes needs ENDPOINT=HOST:PORT, the same everywhere"

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -177,13 +178,14 @@ def test_a_run_dir_may_begin_with_a_dash(config: Path, tmp_path: Path) -> None:
         (SCRIPT, [], {}, "usage: NNODES=4"),
         (SCRIPT, ["run.yaml"], {"NNODES": "2"}, "NNODES=2 needs ENDPOINT=HOST:PORT"),
         (SCRIPT, ["absent.yaml"], {}, "absent.yaml"),
+        (SCRIPT, ["run.yaml"], {"PATH": str(Path(sys.executable).parent)}, "install procps"),
         (BATCH, [], {}, "usage: sbatch"),
         (BATCH, ["run.yaml"], {"SLURM_SUBMIT_DIR": "/"}, "submit from the folder of the repo"),
     ],
 )
 def test_a_mistake_is_one_line(script, arguments, more, message):
     result = subprocess.run(
-        ["bash", str(script), *arguments],
+        [shutil.which("bash") or "bash", str(script), *arguments],
         env=environment(**more), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert result.returncode == 2
