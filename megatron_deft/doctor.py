@@ -22,13 +22,17 @@ OPEN_FILES = 4096  # a rank has a socket to each other, and files of data sets
 
 
 class Finding(NamedTuple):
-    """One line of the report; `remedy` is empty when all is well."""
+    """One line of the report; `remedy` is empty when all is well.
+
+    known: the versions that are known to work
+    """
 
     name: str
     found: str
     remedy: str = ""
     required: bool = False
     kind: str = INSTALLED
+    known: str = ""
 
 
 class Package(NamedTuple):
@@ -60,7 +64,7 @@ PACKAGES = (
         "reasoning-gym", "prepare figfont", "pip install 'megatron-deft[figfont]'", False,
         "0.1.25", "0.1.25",
     ),
-    Package("datasets", "prepare from the Hub", "pip install 'megatron-deft[hub]'"),
+    Package("datasets", "prepare from the Hub", "pip install 'megatron-deft[hub]'", oldest="4"),
     Package(
         "math-verify", "evaluate math", "pip install 'megatron-deft[math]'", False, "0.9.0", "0.9.0"
     ),
@@ -99,11 +103,11 @@ def _packages() -> Iterator[Finding]:
         if version is None:
             found = f"not installed (for {package.purpose})"
             yield Finding(package.name, found, package.remedy, package.required)
-        elif is_known(package, version):
-            yield Finding(package.name, version)
-        else:
-            span = " to ".join(dict.fromkeys(v for v in (package.oldest, package.newest) if v))
-            yield Finding(package.name, version, f"not tried; known to work: {span}")
+            continue
+        ends = dict.fromkeys(v for v in (package.oldest, package.newest) if v)
+        span = " to ".join(ends) if package.newest else " ".join((*ends, "and newer"))
+        remedy = "" if is_known(package, version) else f"not tried; known to work: {span}"
+        yield Finding(package.name, version, remedy, known=span if ends else "")
 
 
 def _accelerators(gpu: bool) -> Iterator[Finding]:
@@ -261,7 +265,11 @@ def report(findings: list[Finding]) -> str:
     width = max(len(finding.name) for finding in findings)
     lines = []
     for kind, title in ((INSTALLED, ""), (USED, "a run here uses"), (MACHINE, "this machine")):
-        of_kind = [f"{f.name:<{width}}  {f.found}" for f in findings if f.kind == kind]
+        of_kind = [
+            f"{f.name:<{width}}  {f.found}" + (f"  (known to work: {f.known})" if f.known else "")
+            for f in findings
+            if f.kind == kind
+        ]
         lines += [title] * bool(of_kind and title) + of_kind
     for finding in sorted(findings, key=lambda finding: not finding.required):
         if finding.remedy:

@@ -29,6 +29,8 @@ def test_here_everything_required_is_found():
     findings = {finding.name: finding for finding in examine()}
     assert findings["torch"].found == torch.__version__
     assert findings["megatron-core"].found == metadata.version("megatron-core")
+    assert findings["torch"].known == "2.6 to 2.13"
+    assert findings["datasets"].known == "4 and newer"
     assert findings["device"].found
     assert healthy(list(findings.values()))
     assert "everything required is here" in report(list(findings.values()))
@@ -73,8 +75,8 @@ def test_a_package_that_is_broken_is_named(monkeypatch):
 
 
 def test_every_row_is_aligned():
-    text = report([Finding("a", "1"), Finding("long-name", "2")])
-    assert text.splitlines()[:2] == ["a          1", "long-name  2"]
+    text = report([Finding("a", "1"), Finding("long-name", "2", known="1 to 3")])
+    assert text.splitlines()[:2] == ["a          1", "long-name  2  (known to work: 1 to 3)"]
 
 
 def test_as_json(capsys):
