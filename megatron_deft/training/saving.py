@@ -341,9 +341,8 @@ def _publish(
     checkpoint_folder.write_latest(save.final.parent, save.final.name)
     try:
         checkpoint_folder.drop_oldest(save.final.parent, save.final, keep, spare)
-    except (
-        OSError
-    ) as error:  # someone reads it over a network file system; the next save tries again
+    except OSError as error:
+        # someone reads it over a network file system; the next save tries again
         return f"what train.keep_checkpoints drops could not be removed: {error}"
     return ""
 
