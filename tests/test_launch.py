@@ -111,7 +111,7 @@ def test_a_rank_that_dies_is_named_and_all_start_again():
 
 
 def test_a_users_mistake_is_not_made_again():
-    worker = "print('started', flush=True)\n" + MISTAKE.format(ranks=(0, 1), slow=None)
+    worker = "print('started\\n', end='', flush=True)\n" + MISTAKE.format(ranks=(0, 1), slow=None)
     result = start(worker, "Nodes(2, restarts=3)")
     assert result.returncode == 2
     assert result.stderr.strip() == "oh no, a mistake"
