@@ -51,10 +51,13 @@ def test_twenty_kills_change_nothing(config, undisturbed):
 
 
 def test_plain_torchrun_starts_again_too(config, undisturbed):
-    kills = [Kill("save", 10, 0, 0.05), Kill("step", 52, 1, 0.05)]
+    """Saves are in the background here."""
+    kills = [Kill("save", 10, 0, 0.05), Kill("save", 30, 1, 0.02), Kill("step", 52, 1, 0.05)]
     run_dir = config.parent / "torchrun"
     agent = ["torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "4"]
-    log = train(config, run_dir, kills, *agent, "-m", "megatron_deft.train")
+    own = run_dir.parent / "background.yaml"
+    own.write_text(config.read_text() + "checkpoint: {async_save: true}\n")
+    log = train(own, run_dir, kills, *agent, "-m", "megatron_deft.train")
     assert "attempt 2 of this job: train.resume is auto, not no as for the first" in log
     assert values(run_dir) == undisturbed
     check_left(run_dir)
