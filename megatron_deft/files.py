@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -194,8 +195,9 @@ def lock(descriptor: int) -> bool | None:
 def hold_folder(folder: str | Path, key: str, patience: float = 0.0) -> Iterator[None]:
     """Keep other processes out of a folder, made if absent, until the block ends or we die.
 
-    By a lock of the process on a file in it: processes that are forked meanwhile, and may outlive
-    this one by seconds, do not have it. Where the file system knows no locks nobody is kept out.
+    By a lock of the process on a file in it, which names us. Processes that are forked meanwhile,
+    and may outlive this one by seconds, do not have it. Where the file system knows no locks nobody
+    is kept out.
 
     patience: seconds to wait for another that is about to end
 
@@ -204,14 +206,19 @@ def hold_folder(folder: str | Path, key: str, patience: float = 0.0) -> Iterator
     path = Path(folder) / ".lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + patience
-    with open(path, "w") as handle:
+    with open(path, "a+", encoding="utf-8") as handle:
         while _is_held(handle):
             if time.monotonic() >= deadline:
+                handle.seek(0)
+                who = handle.read().strip() or "another process"
                 raise UserError(
-                    f"{key}={folder} is written by another process at this moment: wait for it, "
+                    f"{key}={folder} is written by {who} at this moment: wait for it, or end it, "
                     f"or choose another {key}"
                 )
             time.sleep(0.5)
+        with suppress(OSError):  # a full disk
+            handle.truncate(0)
+            os.write(handle.fileno(), f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import socket
 import time
 from pathlib import Path
 from threading import Thread
@@ -361,7 +362,8 @@ def test_a_second_run_in_the_same_folder_is_refused(base: Path, tmp_path: Path) 
     cfg = config(base, tmp_path / "run", **{"train.steps": 1})
     with hold_folder(tmp_path / "run", "run_dir"):
         heard = run_ranks(2, refused, cfg)
-    assert "run is written by another process at this moment" in heard[0]
+    who = f"process {os.getpid()} on {socket.gethostname()}"
+    assert f"run is written by {who} at this moment" in heard[0]
     assert heard[0] == heard[1]
     run_ranks(2, train_all, [cfg])  # the lock is gone with its holder
 
