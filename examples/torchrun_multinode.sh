@@ -30,6 +30,31 @@ fail() {
 [ $# -gt 0 ] || fail "usage: NNODES=4 ENDPOINT=node1:29500 $0 CONFIG [KEY=VALUE ...]"
 command -v torchrun > /dev/null || fail "torchrun is not on the PATH: activate the environment"
 command -v pkill > /dev/null || fail "pkill is not on the PATH, and hands signals on: install procps"
+
+# Ranks are told again and again: those that start later too. One that hears it twice does not mind.
+agent='' asked='' terms=0
+# shellcheck disable=SC2329
+remind() {
+  trap '' USR1 TERM
+  while kill -0 "$agent" 2> /dev/null; do
+    pkill -USR1 -P "$agent" || true
+    sleep 1
+  done
+}
+# shellcheck disable=SC2329
+pass_on() {
+  signalled=yes
+  [ "$1" != TERM ] || terms=$((terms + 1))
+  if [ -n "$agent" ] && [ -z "$asked" ]; then remind & fi
+  asked=yes
+  if [ -n "$agent" ] && [ "$terms" -ge 2 ]; then
+    kill -TERM "$agent" # first, or it would start again what is stopped
+    pkill -KILL -P "$agent"
+  fi || true
+}
+trap 'pass_on USR1' USR1
+trap 'pass_on TERM' TERM
+
 nodes=${NNODES:-1}
 endpoint=${ENDPOINT:-localhost:0}
 [ "$nodes" = 1 ] || [ -n "${ENDPOINT:-}" ] || fail "NNODES=$nodes needs ENDPOINT=HOST:PORT, the same everywhere"
@@ -37,7 +62,7 @@ gpus=$(nvidia-smi --list-gpus 2> /dev/null | wc -l) || gpus=0
 processes=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 1))}
 
 # Everything is checked before anything starts: a mistake is one line here, not one for each restart.
-checked=$(python -m megatron_deft train "$@" --dry-run \
+checked=$(trap '' USR1 TERM; python -m megatron_deft train "$@" --dry-run \
   --nproc-per-node "$processes" --nnodes "$nodes" --rdzv-endpoint "$endpoint") || exit $?
 run_dir=$(python -c 'import sys, yaml; print(yaml.safe_load(sys.stdin)["run_dir"])' <<< "$checked")
 logs=$run_dir/logs/$(hostname)
@@ -73,9 +98,15 @@ exec 3> >(
   exec tee -a -- "$logs/agent.log"
 )
 tee=$!
-( # the agent must survive the signal that only its ranks understand
+# The agent must survive the signal that only its ranks understand. It is blocked, not ignored: ranks
+# inherit that, and a signal that comes before they listen waits for them.
+block='import os, signal, sys
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+os.execvp("torchrun", ["torchrun", *sys.argv[1:]])'
+(
   trap '' USR1
-  exec torchrun --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
+  exec python -c "$block" --nnodes "$nodes" --nproc-per-node "$processes" --max-restarts "${MAX_RESTARTS:-3}" \
     --rdzv-backend c10d --rdzv-endpoint "$endpoint" --rdzv-id "${JOB_ID:-megatron_deft}" \
     --rdzv-conf "$conf" ${ADDRESS:+--local-addr "$ADDRESS"} \
     --log-dir="$logs" --tee 3 -m megatron_deft.train "$@"
@@ -83,17 +114,7 @@ tee=$!
 agent=$!
 exec 3>&-
 
-# Slurm signals all processes of a step, others this one alone: a rank that hears it twice does not mind.
-# shellcheck disable=SC2329
-pass_on() {
-  signalled=yes
-  pkill "-$1" -P "$agent" || true
-  [ "$1" != TERM ] || terms=$((terms + 1))
-  [ "$terms" -lt 2 ] || kill -TERM "$agent" # or it would start again what it stopped
-}
-terms=0
-trap 'pass_on USR1' USR1
-trap 'pass_on TERM' TERM
+[ -z "$asked" ] || remind &
 code=0 signalled=yes
 while [ "$signalled" = yes ]; do # a signal ends `wait` before the agent does
   signalled=no now=0

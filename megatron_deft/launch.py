@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_deft.errors import UserError
+from megatron_deft.processes import signals_held
 
 if TYPE_CHECKING:  # torch is not for `--help`
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 PATIENCE = 10  # seconds that ranks have to end after one of them has failed
+STOPS = (signal.SIGTERM, signal.SIGUSR1)  # ranks save, and end with exit code 0
 USER_ERROR = 2  # exit code of a UserError, of a rank as of the whole
 JOIN_SECONDS = 900  # for all machines to come, at the start and after one was lost
 STORE_SECONDS = 300  # for the machine of the endpoint to answer
@@ -87,6 +89,7 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
     once (see `report_user_error`), and torchrun's failure report not at all. Any other failure is
     named by rank and exit code, after the traceback that the rank printed itself.
     """
+    stopping = _Stopping()
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -99,9 +102,8 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
         os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     with tempfile.TemporaryDirectory(prefix="megatron_deft_") as folder:
         try:
-            agent = _agent(command, nodes, folder)
+            agent = _agent(command, nodes, folder, stopping)
             stays_open = False
-            _forward_signals(agent)
             try:
                 result = agent.run()
             except SignalException as error:
@@ -143,7 +145,38 @@ def _rendezvous(nodes: Nodes) -> RendezvousHandler:
     )
 
 
-def _agent(command: Sequence[str], nodes: Nodes, folder: str) -> LocalElasticAgent:
+class _Stopping:
+    """Hands SIGTERM and SIGUSR1 on to the ranks, those too that are started after it came.
+
+    torchrun's agent would kill them 30 seconds later, however long the save takes, and fail. A
+    second SIGTERM goes on to them as well: they end at once, and so does the agent.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        for number in STOPS:
+            signal.signal(number, self._forward)
+
+    def _forward(self, number: int, frame: object) -> None:
+        self.asked.append(number)
+        if not self.tell(number) and self.asked.count(signal.SIGTERM) > 1:
+            sys.exit(128 + number)
+
+    def tell(self, *numbers: int) -> bool:
+        """Whether there are ranks to tell."""
+        import psutil
+
+        ranks = psutil.Process().children()
+        for rank in ranks:
+            for number in numbers:
+                with suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
+        return bool(ranks)
+
+
+def _agent(
+    command: Sequence[str], nodes: Nodes, folder: str, stopping: _Stopping
+) -> LocalElasticAgent:
     """torchrun's agent, which also says why it starts ranks again, and knows a user's mistake."""
     from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
@@ -163,7 +196,19 @@ def _agent(command: Sequence[str], nodes: Nodes, folder: str) -> LocalElasticAge
             self._failures = result.failures if result.is_failed() else {}
             if any(failure.exitcode == USER_ERROR for failure in self._failures.values()):
                 self._remaining_restarts = 0  # it would make the same mistake again
+            if stopping.asked:
+                self._remaining_restarts = 0  # ranks that are told to stop must not start again
             return result
+
+        def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+            with signals_held(*STOPS):  # until the rank can note them: training/preemption.py
+                started = super()._start_workers(worker_group)
+            context: Any = self._pcontext
+            close = context.close
+            # for those that outlive another torch has 30 s, and no option
+            context.close = lambda number=None, timeout=PATIENCE: close(number, timeout)
+            stopping.tell(*stopping.asked[:1])
+            return started
 
         def _restart_workers(self, worker_group: WorkerGroup) -> None:
             if self._failures:
@@ -187,27 +232,6 @@ def _agent(command: Sequence[str], nodes: Nodes, folder: str) -> LocalElasticAge
     return Agent(spec, DefaultLogsSpecs(log_dir=folder), shutdown_timeout=PATIENCE)
 
 
-def _forward_signals(agent: LocalElasticAgent) -> None:
-    """Hand SIGTERM and SIGUSR1 on to the ranks, which save and end with exit code 0.
-
-    torchrun's agent would kill them 30 seconds later, however long the save takes, and fail. A
-    second SIGTERM goes on to them as well: they end at once, and so does the agent.
-    """
-    import psutil
-
-    def forward(number: int, frame: object) -> None:
-        agent._remaining_restarts = 0  # ranks that are told to stop must not start again
-        ranks = psutil.Process().children()
-        for rank in ranks:
-            with suppress(psutil.NoSuchProcess):
-                rank.send_signal(number)
-        if not ranks:
-            sys.exit(128 + number)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, forward)
-
-
 def _explain_rendezvous(error: Exception, nodes: Nodes) -> int:
     """The exit code of a run whose machines did not meet; prints why."""
     from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
@@ -226,8 +250,13 @@ def _explain_rendezvous(error: Exception, nodes: Nodes) -> int:
 
 
 def _culprits(failures: Mapping[int, Any]) -> Mapping[int, Any]:
-    """Those that the agent stopped fell because of the others."""
-    return {rank: f for rank, f in failures.items() if f.exitcode != -signal.SIGTERM} or failures
+    """Those that the agent stopped fell because of the others, by SIGTERM or for want of an end."""
+    late = min(f.timestamp for f in failures.values()) + PATIENCE
+    return {
+        rank: f
+        for rank, f in failures.items()
+        if f.exitcode != -signal.SIGTERM and f.timestamp < late
+    } or failures
 
 
 def _ended(failures: Mapping[int, Any]) -> str:

@@ -32,15 +32,15 @@ def outlive_signals(worker: int = 0) -> None:
 
 
 @contextmanager
-def interrupts_held() -> Iterator[None]:
-    """A block in which processes are started that leave an interrupt (SIGINT) to this one.
+def signals_held(*numbers: signal.Signals) -> Iterator[None]:
+    """A block in which processes are started that have these signals blocked.
 
-    A terminal sends it to all of them. They have it blocked from their first instruction, as a new
-    program keeps the mask of who started it; to ignore it in what they run would be too late for
-    the seconds of their imports. Here an interrupt takes effect at the block's end.
+    From their first instruction, as a new program keeps the mask of who started it; to ignore or to
+    handle them in what they run would be too late for the seconds of their imports. Here such a
+    signal takes effect at the block's end.
     """
     resource_tracker.ensure_running()  # Python starts it before the first, and then unblocks SIGINT
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ LONGEST = (
     "training/test_layouts",
     "training/test_matrix",
     "training/test_stopping",
+    "training/test_start_and_end",
     "training/test_lora",
     "training/test_fused_linear",
     "training/test_offload",

@@ -51,7 +51,7 @@ ROOMS = {
         "revision", "data", "processes", "config", "training",
     },
     "report": {"errors", "files", "options", "evaluation"},
-    "launch": {"errors"},
+    "launch": {"errors", "processes"},
     "one_click": {"errors", "files", "options", "objectives", "config", "launch", "published"},
     "doctor": {"errors", "ops", "models", "platform"},
 }  # fmt: skip

@@ -22,7 +22,9 @@ def command(worker: str, nodes: str) -> list[str]:
     """A process that launches ranks, each running the python code `worker`."""
     code = (
         "import sys\n"
+        "from megatron_deft import launch as module\n"
         "from megatron_deft.launch import Nodes, launch\n"
+        "module.PATIENCE = 1  # these ranks do not listen to SIGTERM\n"
         f"sys.exit(launch(['-c', {worker!r}], {nodes}))\n"
     )
     return [sys.executable, "-c", code]

@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from megatron_deft.errors import UserError
-from megatron_deft.processes import PATIENCE, interrupts_held
+from megatron_deft.processes import PATIENCE, signals_held
 
 _PRELOADED = ["math_verify"]  # what is called takes a second to import, and may be absent
 
@@ -107,7 +107,7 @@ def _hire(calls: Calls) -> _Worker:
     context.set_forkserver_preload(_PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, calls), daemon=True)
-    with interrupts_held():
+    with signals_held(signal.SIGINT):
         process.start()
     theirs.close()  # only the process holds it: its end is seen as the end of the file
     return _Worker(process, ours)

@@ -21,6 +21,7 @@ from megatron_deft.platform.cpu import (
     leave_cpu_platform,
 )
 from megatron_deft.platform.deterministic import deterministic
+from megatron_deft.platform.store import meet
 
 __all__ = [
     "TORCHRUN_ENVIRONMENT",
@@ -70,6 +71,7 @@ def initialize(
     expert_tensor: int | None = None,
     virtual: int | None = None,
     timeout: timedelta | None = None,
+    patience: timedelta | None = None,
 ) -> None:
     """Start torch.distributed, megatron-core's process groups and the random generators.
 
@@ -83,12 +85,13 @@ def initialize(
         expert_tensor: how many ranks share each expert's matrices; None: as many as `tensor`.
         virtual: model chunks of each pipeline stage (interleaved schedule); None: one.
         timeout: of collectives; None: torch's and megatron-core's own.
+        patience: how long to wait for the other ranks to come; None: store.PATIENCE.
         seed: of python, numpy, torch and megatron-core's generators; at least 0. Pipeline stages
             draw differently, and so do tensor-parallel ranks inside tensor-parallel regions;
             data-parallel ranks draw alike.
 
     Errors: UserError when the parallel sizes do not divide the world or the environment has only
-    some of torchrun's variables.
+    some of torchrun's variables; RuntimeError naming the ranks that do not come.
     """
     enter_cpu_platform()
     from megatron.core import parallel_state
@@ -96,7 +99,7 @@ def initialize(
     assert not parallel_state.model_parallel_is_initialized(), "shutdown() first"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    _start_torch_distributed(timeout)
+    _start_torch_distributed(timeout, patience)
     minutes: dict[str, Any] = {}
     if timeout is not None:
         minutes = {"distributed_timeout_minutes": timeout.total_seconds() / 60}
@@ -117,13 +120,13 @@ def initialize(
         raise
 
 
-def _start_torch_distributed(timeout: timedelta | None) -> None:
+def _start_torch_distributed(timeout: timedelta | None, patience: timedelta | None) -> None:
     global _owns_process_group
     if dist.is_initialized():
         return
     missing = [name for name in TORCHRUN_ENVIRONMENT if name not in os.environ]
     if not missing:
-        dist.init_process_group(backend(), timeout=timeout, **_store_of_attempt())
+        dist.init_process_group(backend(), timeout=timeout, **meet(patience))
     elif len(missing) == len(TORCHRUN_ENVIRONMENT):
         dist.init_process_group(backend(), store=dist.HashStore(), rank=0, world_size=1)
     else:  # Not a world of one: eight such processes would train eight separate models.
@@ -132,25 +135,6 @@ def _start_torch_distributed(timeout: timedelta | None) -> None:
             f"start with torchrun, or unset {', '.join(TORCHRUN_ENVIRONMENT)} for one process"
         )
     _owns_process_group = True
-
-
-def _store_of_attempt() -> dict[str, Any]:
-    """Where ranks that their agent has started again find one another.
-
-    The agent's store outlives its ranks: what the first attempt wrote there, addresses of processes
-    that are dead by now, would be taken for this one's (torch 2.13 hangs then, or fails). Several
-    nodes count their restarts apart, so they need a new store: launch.py says how.
-    """
-    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if attempt == 0 or not is_kept or os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return {
-        "store": dist.PrefixStore(f"attempt_{attempt}", dist.TCPStore(host, port, is_master=False)),
-        "rank": int(os.environ["RANK"]),
-        "world_size": int(os.environ["WORLD_SIZE"]),
-    }
 
 
 def _check_layout(

@@ -1,6 +1,7 @@
 """What a run trains and validates on: prepared sets, made first where the run names plain files."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from itertools import count
@@ -21,6 +22,7 @@ from megatron_deft.data.pretraining import TextRows
 from megatron_deft.data.sampler import Blend, Indices, Stream, steps
 from megatron_deft.errors import UserError
 from megatron_deft.processes import available_cores
+from megatron_deft.training.preemption import Stopped, stoppable
 from megatron_deft.training.schedule import warmup_length
 
 Built = TypeVar("Built")
@@ -151,14 +153,18 @@ def _tokenise(
 
 
 def on_rank_0(make: Callable[[], Built], is_quick: bool = False) -> Built:
-    """What rank 0 makes, on every rank; its error too, if it is one that ends in a line."""
+    """What rank 0 makes, on every rank; its error too, if it is one that ends in a line.
+
+    is_quick: what is left to end; else a signal to stop breaks it off, with Stopped on every rank
+    """
     answer: list[Any] = [None, None]
     # Tokenising may take longer than other collectives may.
     group = None if is_quick else dist.new_group(backend="gloo", timeout=timedelta(days=1))
     if dist.get_rank() == 0:
         try:
-            answer[0] = make()
-        except (UserError, OSError) as error:
+            with nullcontext() if is_quick else stoppable():
+                answer[0] = make()
+        except (UserError, OSError, Stopped) as error:
             answer[1] = error
     dist.broadcast_object_list(answer, src=0, group=group)
     if group is not None:

@@ -10,6 +10,8 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +20,10 @@ from megatron_deft.checkpoint_folder import candidates, drop_oldest, is_export_o
 from megatron_deft.errors import UserError
 from megatron_deft.files import remove_abandoned
 from megatron_deft.platform import TORCHRUN_ENVIRONMENT
+from megatron_deft.processes import signals_held
 
 NICENESS = 10
+POLL_SECONDS = 0.2
 BACKLOG = 2  # checkpoints that may be kept for their exports alone before it is told
 FOLDER, LOG = "hf", "export.log"  # RUN/hf/step_00000020, RUN/hf/export.log
 
@@ -90,22 +94,27 @@ class Exports:
         """Checkpoints that must not be removed yet, in the order of their exports."""
         return [*([self._running.checkpoint] if self._running else []), *self._waiting]
 
-    def poll(self, wait: bool = False) -> None:
-        """Start the next export when the last one has ended; with `wait`, until none is left."""
+    def poll(self) -> None:
+        """Start the next export when the last one has ended."""
         while self._running or self._waiting:
             if self._running is None:
                 self._start(self._waiting.pop(0))
-            elif wait or self._running.process.poll() is not None:
+            elif (code := self._running.process.poll()) is not None:
                 ended, self._running = self._running, None
-                self._collect(ended, ended.process.wait())
+                self._collect(ended, code)
             else:
                 return
 
-    def finish(self) -> None:
-        """Wait for what is left. Errors: UserError naming the exports that failed."""
+    def finish(self, should_stop: Callable[[], bool] = lambda: False) -> None:
+        """Wait for what is left, unless told to stop. Errors: UserError naming what failed."""
         if self.needed():
             print(f"waiting for the export of {self.needed()[-1].name}", flush=True)
-        self.poll(wait=True)
+        while self.needed():
+            if should_stop():
+                self.abandon()
+                return
+            self.poll()
+            time.sleep(POLL_SECONDS)
         faults = []
         if self._failed:
             named = [f"{p.name} ({why}{self._again(p)})" for p, why in self._failed.items()]
@@ -135,7 +144,8 @@ class Exports:
             self._root.mkdir(parents=True, exist_ok=True)
             with open(self._root / LOG, "ab") as log:
                 begin = log.seek(0, os.SEEK_END)
-                process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+                with signals_held(signal.SIGUSR1):  # a scheduler's, for the ranks
+                    process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         except OSError as error:  # a full disk, no memory for a process, another's folder
             self._fail(checkpoint, str(error))
             return

@@ -3,7 +3,7 @@
 A thread of each rank watches that its main thread gets on. Once one of them has waited for too
 long, all tell where theirs stands, through the store that torch.distributed started with; who
 waits in no collective, or does not answer, is the culprit. Nothing is sent but one question every
-few seconds.
+few seconds. Before there is a store a rank is alone (platform/store.py), and after (`limit_end`).
 """
 
 import json
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-SLOW = 4  # timeouts that the first step may take, which connects and compiles, and a save
+SLOW = 4  # timeouts for the start, the first step, which connects and compiles, a save, the end
 COLLECTIVES = "distributed_c10d.py"  # torch's file of collectives
 # What the main thread calls when it waits for a GPU, and so for the collectives queued there.
 WAITS = re.compile(r"\.(wait|item|tolist|cpu|numpy|synchronize)\(")
@@ -60,7 +60,7 @@ class HangWatch(AbstractContextManager["HangWatch"]):
         self._store = store.clone()
         self._key = f"megatron_deft/hang/{next(_runs)}"
         self._period = min(5.0, self._timeout / 10)
-        self._set(f"who/{self._rank}", f"host {socket.gethostname()}, process {os.getpid()}")
+        self._set(f"who/{self._rank}", this_process())
         self.progress(SLOW)
         self._thread = threading.Thread(target=self._watch, args=(self._timeout,), daemon=True)
         self._thread.start()
@@ -71,6 +71,28 @@ class HangWatch(AbstractContextManager["HangWatch"]):
         self._stop.set()
         if self._timeout is not None:
             self._thread.join(self._period)
+
+    def limit_end(self) -> threading.Timer:
+        """Nobody waits for this rank from now on but its launcher: it is to end in time.
+
+        returns: what `cancel()` lifts the limit of
+        """
+        seconds = SLOW * (self._timeout or 0)
+        timer = threading.Timer(seconds, self._end_alone, (seconds,))
+        timer.daemon = True
+        if self._timeout is not None:
+            timer.start()
+        return timer
+
+    def _end_alone(self, seconds: float) -> None:
+        print(
+            f"megatron-deft: rank {self._rank} ({this_process()}) hangs: it has not ended "
+            f"{seconds / 60:.3g} minutes after the last step (train.hang_timeout)\n"
+            f"{_report(self._main)['stack']}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
     def _watch(self, timeout: float) -> None:
         while True:
@@ -133,6 +155,11 @@ def _report(main: int | None) -> dict[str, Any]:
     waits = any(call.filename.endswith(COLLECTIVES) for call in stack)
     shown = "".join(traceback.format_list(stack[-DEPTH:]))
     return {"waits": waits or bool(WAITS.search(innermost)), "stack": shown}
+
+
+def this_process() -> str:
+    """Where to find it."""
+    return f"host {socket.gethostname()}, process {os.getpid()}"
 
 
 def _late(waited: float, step: int) -> str:

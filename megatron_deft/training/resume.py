@@ -10,6 +10,21 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
+def notes(name: str, manifest: Mapping[str, Any], now: Mapping[str, Any], data: Any) -> list[str]:
+    """What is not as it was when the checkpoint of this name was saved, line by line.
+
+    now: the whole configuration; data: the fingerprint of the training data and their packing
+    """
+    found = changes(manifest["config"], now)
+    if manifest.get("data") != data:
+        found.insert(
+            0,
+            f"the data, or how samples are packed, changed since {name} was saved: "
+            "samples come in another order",
+        )
+    return found
+
+
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
     """What of a run's configuration is not as it was when the checkpoint was saved, line by line.
 

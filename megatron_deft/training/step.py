@@ -1,4 +1,4 @@
-"""One micro-batch through the model: megatron-core's forward step, and what its mean divides by."""
+"""A global batch through the pipeline: megatron-core's forward step, and what means divide by."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_deft.data.batches import Batch, to_device
+from megatron_deft.data.loader import Step
 from megatron_deft.loss.attach import Attachment
 from megatron_deft.loss.reduction import reduce_loss
 from megatron_deft.models.heads import rolled
@@ -92,6 +94,30 @@ def forward_step(
         return output, partial(loss_function, batch, packed)
 
     return run
+
+
+def pipeline_pass(
+    step: Callable[..., Any],
+    chunks: Sequence[Any],
+    work: Step,
+    micro_batch: int,
+    forward_only: bool,
+) -> list[dict[str, Any]]:
+    """Run one global batch through the pipeline; its micro-batches' sums (see statistics).
+
+    step: see forward_step; chunks: this rank's, wrapped; micro_batch: samples of each
+    """
+    rows = work.batches[0]["tokens"].shape[0]  # packed ones stand behind one another
+    parts: list[dict[str, Any]] = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=[iter(work.batches) for _ in chunks],
+        model=chunks,
+        num_microbatches=len(work.batches),
+        seq_length=work.length * (micro_batch // rows),
+        micro_batch_size=rows,
+        forward_only=forward_only,
+    )
+    return parts
 
 
 def path_of_loss(attachment: Attachment, chunks: Sequence[Any]) -> str:

@@ -1,5 +1,6 @@
 """One training run from top to bottom: load, loop, log, validate, save."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -7,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_deft.config import RunConfig, dump_yaml, to_dict
@@ -19,7 +19,7 @@ from megatron_deft.files import atomic_write
 from megatron_deft.loss.attach import attach
 from megatron_deft.loss.inputs import raise_on_wrong_labels
 from megatron_deft.platform import device, device_name, seed_step
-from megatron_deft.training import adapters, checkpointing, clock
+from megatron_deft.training import adapters, checkpointing, clock, resume
 from megatron_deft.training.bad_steps import BadSteps, is_finite_loss
 from megatron_deft.training.base import Base
 from megatron_deft.training.checkpointing import Position
@@ -43,13 +43,12 @@ from megatron_deft.training.optimizer import (
 )
 from megatron_deft.training.preemption import REASONS, Preemption
 from megatron_deft.training.restarts import Attempt
-from megatron_deft.training.resume import changes
 from megatron_deft.training.samples import first_sample, load_tokenizer
 from megatron_deft.training.saving import Companions, Saver, little_room
 from megatron_deft.training.schedule import learning_rate
 from megatron_deft.training.spikes import Spikes, recent_losses
 from megatron_deft.training.statistics import Landscape, landscape, means, reduce_sums, sums_size
-from megatron_deft.training.step import StepDenominator, forward_step, path_of_loss
+from megatron_deft.training.step import StepDenominator, forward_step, path_of_loss, pipeline_pass
 from megatron_deft.training.throughput import peak_tflops, throughput
 
 
@@ -65,8 +64,20 @@ class Trainer:
     model: this rank's chunks, one unless the pipeline is virtual; ddp: the same, wrapped
     """
 
-    def __init__(self, cfg: RunConfig, base: Base, attempt: Attempt | None = None) -> None:
-        """Build everything; `base` is what cfg.model names, `attempt` None for the only one."""
+    def __init__(
+        self,
+        cfg: RunConfig,
+        base: Base,
+        attempt: Attempt | None = None,
+        preemption: Preemption | None = None,
+        watch: HangWatch | None = None,
+    ) -> None:
+        """Build everything; `base` is what cfg.model names, `attempt` None for the only one.
+
+        preemption, watch: those of the whole run, in whose blocks this is; None: nobody listens
+        """
+        self.preemption = preemption or Preemption(cfg.train.exit_seconds)
+        self.watch = watch or HangWatch(None)
         self.cfg, self.spec = cfg, base.spec
         spec = base.spec
         self._has_warned = False
@@ -74,24 +85,25 @@ class Trainer:
         self.attempt = attempt or Attempt(self.run_dir)
         for note in self.attempt.notes(cfg.train.resume):
             say(note)
-        resume, warnings = checkpointing.find(self.attempt, cfg.train.resume)
+        newest, warnings = checkpointing.find(self.attempt, cfg.train.resume)
         for warning in warnings:
             say(f"warning: {warning}")
-        self.files = base.files if resume is None else resume / "hf"
+        self.files = base.files if newest is None else newest / "hf"
         tokenizer = load_tokenizer(cfg, self.files, spec)
         self.template = template_text(tokenizer) if cfg.data.template else None
+        self.watch.progress(math.inf)  # rank 0 may tokenise for days
         self.data = open_data(cfg, tokenizer, self.files)
+        self.watch.progress(SLOW)
         for note in self.data.notes:
             say(note)
         if cfg.data.show_sample:
             say(first_sample(self.data.train, tokenizer))
-
         self.adapter = adapters.record(cfg, base)
-        if resume is not None:
-            for note in adapters.check_resume(resume, self.adapter, base.key):
+        if newest is not None:
+            for note in adapters.check_resume(newest, self.adapter, base.key):
                 say(f"warning: {note}")
         self.model = build_chunks(cfg, spec)
-        if resume is None or self.adapter is not None:
+        if newest is None or self.adapter is not None:
             found = base.load(self.model)
             if note := prepare_heads(cfg, self.model, base.key, found):
                 say(note)
@@ -120,12 +132,10 @@ class Trainer:
         config.timers = self.optimizer.config.timers = self.clock
         clock.time_head(self.model, self.clock)
         self.peak = cfg.monitor.peak_tflops or peak_tflops(device_name(), cfg.model.dtype)
-        if resume is not None:
-            self._resume(resume)
+        if newest is not None:
+            self._resume(newest)
         # the steps that follow; made when the first is asked for
         self._steps: Iterator[Step] | None = None
-        self.preemption = Preemption(cfg.train.exit_seconds)
-        self.watch = HangWatch(cfg.train.hang_seconds)
         self.stopped: str | None = None  # why the run ends before its last step
         self.bad_steps = BadSteps(self.run_dir, cfg.train.max_skipped_steps)
 
@@ -137,13 +147,8 @@ class Trainer:
         self.license = manifest.get("license", self.license)
         self.tokens = manifest.get("tokens")
         self.loss_scale.load(manifest.get("loss_scale") or {})
-        if manifest.get("data") != self.data.train.fingerprint:
-            notes.append(
-                f"the data, or how samples are packed, changed since {folder.name} was saved: "
-                "samples come in another order"
-            )
-        notes += changes(manifest["config"], to_dict(self.cfg))
-        for note in notes:
+        now, data = to_dict(self.cfg), self.data.train.fingerprint
+        for note in [*notes, *resume.notes(folder.name, manifest, now, data)]:
             say(f"warning: {note}")
         say(f"resumed from {folder}: step {self.position.step}")
 
@@ -179,17 +184,11 @@ class Trainer:
             log = MetricsLog(self.run_dir, cfg.monitor, self.position.step, to_dict(cfg))
         metrics: dict[str, float] = {}
         try:
-            with self.preemption, self.watch:
-                metrics = self._loop(log)
+            metrics = self._loop(log)
         finally:
             self._steps = None  # and with it the processes that read ahead
             if log is not None:
                 log.close()
-        if self.stopped is not None:
-            say(
-                f"stopped after step {self.position.step} of {total} ({self.stopped}); go on with "
-                "the same command and --resume"
-            )
         return metrics
 
     def _loop(self, log: MetricsLog | None) -> dict[str, float]:
@@ -201,6 +200,8 @@ class Trainer:
         metrics: dict[str, float] = {}
         begin, first = time.perf_counter(), self.position.step
         is_save_due = False
+        self.preemption.begin_steps()
+        self.watch.progress(SLOW)
         while self.position.step < total and self.stopped is None:
             metrics = self.step()
             step = self.position.step
@@ -261,8 +262,7 @@ class Trainer:
         metrics = means(total, heads)
         self.landscape = None if vocab_size is None else landscape(total, vocab_size)
         has_bad_gradient, *reasons = raised.tolist()
-        if number < data.total_steps:
-            self.stopped = next((why for why, on in zip(REASONS, reasons, strict=True) if on), None)
+        self._may_stop(number, reasons)
         self.optimizer.may_step = is_finite_loss(metrics) and not has_bad_gradient
         self.loss_scale.is_loss_finite = is_finite_loss(metrics)
         with self.clock.part(clock.OPTIMIZER):
@@ -308,6 +308,13 @@ class Trainer:
                 flags[number] = True
         return flags
 
+    def _may_stop(self, step: int, reasons: list[bool]) -> bool:
+        """Whether any rank wants to, by what all have raised; the last step ends the run anyway."""
+        why = next((why for why, on in zip(REASONS, reasons, strict=True) if on), None)
+        if step < self.data.total_steps:
+            self.stopped = why
+        return why is not None
+
     def _keep_bad_step(self, step: int, metrics: dict[str, float], position: Position) -> None:
         raise_on_wrong_labels()
         rows = self.data.stream.take(position.consumed, self.cfg.train.global_batch)
@@ -318,17 +325,23 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The objective and its statistics over the validation data, named val_*."""
+        """The objective and its statistics over the validation data, named val_*.
+
+        Nothing when the run is to stop meanwhile: part of the data would be another figure.
+        """
         assert self.data.val is not None
         for chunk in self.ddp:
             chunk.eval()
         total = torch.zeros((), dtype=torch.float64)
         batches = full_pass(self.data.val_rows, self.cfg.train.global_batch)
-        no_flags, heads = torch.zeros(0, device=device()), self.cfg.model.mtp_layers
+        heads = self.cfg.model.mtp_layers
         for work in self._load(self.data.val, batches):
             parts = self._forward_backward(work, forward_only=True)
-            total = total + reduce_sums(parts, sums_size(False, heads), no_flags)[0].cpu()
+            sums, raised = reduce_sums(parts, sums_size(False, heads), self._flags())
+            total = total + sums.cpu()
             self.watch.progress()
+            if self._may_stop(self.position.step, raised.tolist()[1:]):
+                return {}
         return {f"val_{name}": value for name, value in means(total, heads).items()
                 if "_histogram_" not in name}  # fmt: skip
 
@@ -345,20 +358,9 @@ class Trainer:
         self, work: Step, forward_only: bool, landscape_vocab: int | None = None
     ) -> list[dict[str, Any]]:
         """Run one global batch through the pipeline; its micro-batches' sums (see statistics)."""
-        cfg = self.cfg
-        # packed rows stand behind one another
-        rows = work.batches[0]["tokens"].shape[0]
         self.denominator.clear()
-        parts: list[dict[str, Any]] = get_forward_backward_func()(
-            forward_step_func=self.forward_step(forward_only, landscape_vocab),
-            data_iterator=[iter(work.batches) for _ in self.ddp],
-            model=self.ddp,
-            num_microbatches=len(work.batches),
-            seq_length=work.length * (cfg.train.micro_batch // rows),
-            micro_batch_size=rows,
-            forward_only=forward_only,
-        )
-        return parts
+        step = self.forward_step(forward_only, landscape_vocab)
+        return pipeline_pass(step, self.ddp, work, self.cfg.train.micro_batch, forward_only)
 
     def save(self, wait_for_it: bool = True) -> None:
         """Write a checkpoint of where the run stands, when the one before is whole."""
@@ -377,8 +379,7 @@ class Trainer:
             "config": to_dict(self.cfg),
         }
         companions = Companions(self.files, self.template, fields)
-        in_background = not wait_for_it
-        self.saver.start(self.model, self.optimizer, self.position, companions, in_background)
+        self.saver.start(self.model, self.optimizer, self.position, companions, not wait_for_it)
         self._poll_save(wait_for_it)
 
     def _poll_save(self, wait_for_it: bool = False) -> None:

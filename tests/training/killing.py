@@ -35,7 +35,7 @@ class Kill:
 
 
 # Seconds that a start, a step or a save take here, roughly.
-SPANS = {"start": 8.0, "step": 0.2, "save": 0.1}
+SPANS = {"start": 5.0, "step": 0.2, "save": 0.1}
 
 
 def draw(seed: int, moments: dict[str, int], ranks: int, last: int, every: int) -> list[Kill]:

@@ -207,6 +207,19 @@ def test_killed_exports_and_a_backlog(
     assert names(tmp_path / "hf") == ["export.log"]
 
 
+def test_a_run_that_is_told_to_stop_leaves_its_exports_to_the_next(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exports = Exports(tmp_path, "every_save", None)
+    exports.saved(checkpoint(base, tmp_path, 1), is_last=False)
+    exports.saved(checkpoint(base, tmp_path, 2), is_last=True)
+    told = iter([False, False, True])
+    exports.finish(lambda: next(told))
+    assert exports.needed() == []
+    assert "not exported yet: step_00000001, step_00000002; the resumed" in capsys.readouterr().out
+    assert names(tmp_path / "hf") == ["export.log"], "nothing half-written"
+
+
 def test_a_failure_is_told_at_once_and_in_the_end(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,7 +41,7 @@ def test_it_ends_while_a_forked_reader_of_data_lives() -> None:
 
 def test_time_is_up_when_a_step_and_a_save_no_longer_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(preemption, "_start_of_job", lambda: 0.0)
+    monkeypatch.setattr(preemption, "_start_of", lambda process: 0.0)
     monkeypatch.setattr(preemption, "time", SimpleNamespace(time=lambda: now))
     listener = Preemption(exit_seconds=100.0)
     listener.saved(20.0)

@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 from megatron_deft.errors import UserError
-from megatron_deft.processes import PATIENCE, interrupts_held
+from megatron_deft.processes import PATIENCE, signals_held
 
 
 class Job(Protocol):
@@ -92,7 +92,8 @@ def _crew(job: Job, count: int) -> Iterator[list[_Worker]]:
         for _ in range(count):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, job), daemon=True)
-            with interrupts_held():
+            # of a run too, whose ranks decide what SIGUSR1 means
+            with signals_held(signal.SIGINT, signal.SIGUSR1):
                 process.start()
             theirs.close()  # only the process holds it: its end is seen as the end of the file
             crew.append(_Worker(process, ours))
