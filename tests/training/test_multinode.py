@@ -49,7 +49,7 @@ def port() -> int:
     raise AssertionError("a hundred ports are taken")
 
 
-def start(arguments: list[str], log: Path, **more: str) -> psutil.Popen:
+def start_script(arguments: list[str], log: Path, **more: str) -> psutil.Popen:
     with open(log, "ab") as out:
         return psutil.Popen(
             ["bash", str(SCRIPT), *arguments], env=environment(**more), stdout=out, stderr=out
@@ -77,11 +77,23 @@ def wait_for_step(run_dir: Path, step: int, *alive: psutil.Process) -> None:
         time.sleep(0.01)
 
 
-def test_a_machine_that_is_lost_comes_back(config, undisturbed):
-    run_dir = config.parent / "lost"
+def start_command(arguments: list[str], log: Path, **meeting: str) -> psutil.Popen:
+    """`megatron-deft train` in place of the script."""
+    command = [sys.executable, "-m", "megatron_deft", "train", *arguments, "--max-restarts", "3"]
+    options = ["--nnodes", "2", "--rdzv-endpoint", meeting["ENDPOINT"]]
+    with open(log, "ab") as out:
+        return psutil.Popen(
+            [*command, *options, "--node-rank", meeting["NODE_RANK"]],
+            env=environment(), stdout=out, stderr=out,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [start_script, start_command], ids=["script", "command"])
+def test_a_machine_that_is_lost_comes_back(config, undisturbed, tmp_path, start):
+    run_dir = tmp_path / "lost"
     arguments = [str(config), f"run_dir={run_dir}"]
     meeting = {"NNODES": "2", "ENDPOINT": f"localhost:{port()}"}
-    logs = [config.parent / f"agent{number}.log" for number in range(2)]
+    logs = [tmp_path / f"agent{number}.log" for number in range(2)]
     agents = [start(arguments, logs[0], **meeting, NODE_RANK="0")]
     try:
         agents.append(start(arguments, logs[1], **meeting, NODE_RANK="1"))
@@ -97,8 +109,9 @@ def test_a_machine_that_is_lost_comes_back(config, undisturbed):
     assert "attempt 2 of this job: train.resume is auto, not no as for the first" in said
     assert "resumed from" in said
     assert values(run_dir) == undisturbed
-    files = {path.name for path in (run_dir / "logs" / socket.gethostname()).rglob("*.log")}
-    assert files == {"agent.log", "stdout.log", "stderr.log"}
+    if start is start_script:
+        files = {path.name for path in (run_dir / "logs" / socket.gethostname()).rglob("*.log")}
+        assert files == {"agent.log", "stdout.log", "stderr.log"}
 
 
 SRUN = """#!/usr/bin/env bash
@@ -157,6 +170,29 @@ def test_a_signal_before_srun_is_there_is_kept() -> None:
     script = f'set -euo pipefail\n{head}\nkill -USR1 $$\necho "$preempted"'
     result = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "yes\n"), result.stderr
+
+
+def test_what_the_ranks_get_to_see(config: Path, tmp_path: Path) -> None:
+    """A torchrun that only tells; the run's folder has a name that a shell would run."""
+    told, made = tmp_path / "told", tmp_path / "made"
+    (tmp_path / "torchrun").write_text(f'#!/bin/sh\nenv > {told}\nprintf "%s\\n" "$@" >> {told}\n')
+    (tmp_path / "torchrun").chmod(0o755)
+    own = environment(IFNAME="eth7", NCCL_IB_HCA="mlx5_3", GRACE="77")
+    own["PATH"] = f"{tmp_path}:{own['PATH']}"
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "NCCL_DEBUG", "OMP_NUM_THREADS"):
+        own.pop(name, None)
+    run_dir = tmp_path / f"a run; touch {made} $(touch {made})"
+    command = ["bash", str(SCRIPT), str(config), f"run_dir={run_dir}"]
+    subprocess.run(command, env=own, check=True, timeout=PATIENCE)
+    lines = told.read_text().splitlines()
+    assert {
+        "NCCL_SOCKET_IFNAME=eth7", "GLOO_SOCKET_IFNAME=eth7", "NCCL_IB_HCA=mlx5_3",
+        "NCCL_DEBUG=WARN", "CUDA_DEVICE_MAX_CONNECTIONS=1", "OMP_NUM_THREADS=1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=77",
+        f"run_dir={run_dir}", f"--log-dir={run_dir}/logs/{socket.gethostname()}",
+    } <= set(lines)  # fmt: skip
+    assert not made.exists()
+    assert (run_dir / "logs").is_dir()
 
 
 def test_a_run_dir_may_begin_with_a_dash(config: Path, tmp_path: Path) -> None:
