@@ -21,23 +21,15 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from xxhash import xxh3_128
-
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write, read_json
-from megatron_deft.hashing import hash_file, hash_files
+from megatron_deft.hashing import SEAL, fingerprint, hash_file, hash_files, is_entry
 
 MANIFEST = "megatron_deft.json"
 FORMAT = 2
 KINDS = ("weights", "training")
 LATEST = "latest"
-SEAL = "manifest_xxh3_128"  # in a manifest: its own checksum; not written from the start
 SOURCE = "megatron_deft_source.json"  # in an export: which folder it was made of
-
-
-def _is_hash(entry: Any) -> bool:
-    sized = isinstance(entry, dict) and type(entry.get("bytes")) is int
-    return sized and isinstance(entry.get("xxh3_128"), str)
 
 
 def _or_none(kind: type) -> Callable[[Any], bool]:
@@ -46,7 +38,7 @@ def _or_none(kind: type) -> Callable[[Any], bool]:
 
 # Field of a manifest -> whether a value is legal; not all were written from the start.
 FIELDS: Mapping[str, Callable[[Any], bool]] = {
-    "files": lambda files: isinstance(files, dict) and all(map(_is_hash, files.values())),
+    "files": lambda files: isinstance(files, dict) and all(map(is_entry, files.values())),
     "kind": lambda kind: kind in KINDS,
     "spec": lambda spec: isinstance(spec, dict),
     "step": lambda step: type(step) is int,
@@ -99,7 +91,7 @@ def write_manifest(
         **extra,
         "files": {name: dict(files[name]) for name in sorted(files)},
     }
-    manifest[SEAL] = _fingerprint(json.loads(json.dumps(manifest)))  # of what will be read
+    manifest[SEAL] = fingerprint(json.loads(json.dumps(manifest)))  # of what will be read
     with atomic_write(Path(folder) / MANIFEST) as handle:
         json.dump(manifest, handle, indent=1)
         handle.write("\n")
@@ -124,7 +116,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             "use the megatron_deft that wrote it"
         )
     seal = manifest.pop(SEAL, None)
-    if seal is not None and seal != _fingerprint(manifest):
+    if seal is not None and seal != fingerprint(manifest):
         raise UserError(
             f"{path} does not match its own checksum: the folder is damaged: use another "
             "checkpoint, or convert the model again"
@@ -184,7 +176,7 @@ def write_source(export: str | Path, manifest: Mapping[str, Any]) -> None:
     """Record in the folder `export` that it is made of the folder with this manifest."""
     made_of = {"kind": manifest["kind"], "step": manifest["step"]}
     with atomic_write(Path(export) / SOURCE) as handle:
-        json.dump({**made_of, SEAL: _fingerprint(manifest)}, handle, indent=1)
+        json.dump({**made_of, SEAL: fingerprint(manifest)}, handle, indent=1)
         handle.write("\n")
 
 
@@ -198,13 +190,7 @@ def is_export_of(export: str | Path, folder: str | Path) -> bool:
     except (OSError, ValueError):
         return False
     made_of = recorded.get(SEAL) if isinstance(recorded, dict) else None
-    return bool(made_of == _fingerprint(read_manifest(folder)))
-
-
-def _fingerprint(manifest: Mapping[str, Any]) -> str:
-    """Of a manifest, which names every file's checksum: the same means the same folder."""
-    text = json.dumps(manifest, sort_keys=True)
-    return str(xxh3_128(text.encode()).hexdigest())
+    return bool(made_of == fingerprint(read_manifest(folder)))
 
 
 def step_name(step: int) -> str:

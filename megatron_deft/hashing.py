@@ -1,8 +1,10 @@
 """Checksums of files, to find damage; of whole ones, and of ones that are being written."""
 
+import json
+import os
 import queue
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from xxhash import xxh3_128
 
 BLOCK = 16 * 2**20  # bytes hashed at a time
 LAG = 16  # blocks
+PIECE, PIECES = 2**20, 64  # bytes, and how many, that hash_pieces reads of a file
+SEAL = "manifest_xxh3_128"  # in a manifest: its own checksum; not written from the start
 
 
 def hash_files(folder: str | Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -35,6 +39,35 @@ def hash_file(path: Path) -> dict[str, Any]:
             digest.update(block)
             size += len(block)
     return _entry(digest, size)
+
+
+def is_entry(value: Any) -> bool:
+    """Whether `value` is what hash_file returns."""
+    sized = isinstance(value, dict) and type(value.get("bytes")) is int
+    return sized and isinstance(value.get("xxh3_128"), str)
+
+
+def hash_pieces(path: Path) -> str:
+    """xxh3_128 of 64 pieces of 1 MiB, spread from the first byte of a file to its last; of all of a
+    file that is no larger.
+
+    It tells another file, or one with a hole, in the time of 64 reads; not a single flipped byte.
+    """
+    digest = xxh3_128()
+    with open(path, "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        starts: Iterable[int] = range(0, size, PIECE)
+        if size > PIECE * PIECES:
+            starts = ((size - PIECE) * number // (PIECES - 1) for number in range(PIECES))
+        for start in starts:
+            handle.seek(start)
+            digest.update(handle.read(PIECE))
+    return digest.hexdigest()
+
+
+def fingerprint(manifest: Mapping[str, Any]) -> str:
+    """Of a manifest, which names every file's checksum: the same means the same folder."""
+    return str(xxh3_128(json.dumps(manifest, sort_keys=True).encode()).hexdigest())
 
 
 class FollowingHashes:

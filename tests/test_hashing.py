@@ -58,3 +58,27 @@ def test_hashing_behind_ends_with_the_work_it_follows(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert threading.active_count() == before
+
+
+def test_pieces_reach_from_the_first_byte_of_a_file_to_its_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "PIECE", 10)
+    monkeypatch.setattr(hashing, "PIECES", 3)
+    path = tmp_path / "x"
+    told = []
+    for length in (30, 100):
+        data = os.urandom(length)
+        path.write_bytes(data)
+        before = hashing.hash_pieces(path)
+        for at in range(length):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+            if hashing.hash_pieces(path) != before:
+                told.append((length, at))
+        if length == 30:
+            path.write_bytes(data)
+            assert before == hashing.hash_file(path)["xxh3_128"]
+    assert told == [
+        *((30, at) for at in range(30)),
+        *((100, at) for at in (*range(10), *range(45, 55), *range(90, 100))),
+    ]

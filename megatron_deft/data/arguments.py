@@ -169,7 +169,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     add("--n", type=int, default=3, metavar="N", help="samples to show [3]")
     add("--index", metavar="I,J", help="show these samples of a set [the first]")
     add("--seed", type=int, metavar="N", help="show samples of a set drawn at random")
-    add("--checksums", action="store_true", help="read all files of a set, compare checksums")
+    add("--checksums", action="store_true", help="compare all of large files, too [64 MiB]")
     add("--json", action="store_true", help="print one JSON object")
     add("--tokenizer", metavar="HF", help="a Hugging Face folder; a set must be made with it")
     group = parser.add_argument_group("for a file that is not prepared")

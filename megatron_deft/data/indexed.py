@@ -30,7 +30,7 @@ from megatron_deft.data.manifest import (
 )
 from megatron_deft.data.samples import Encoded
 from megatron_deft.errors import UserError
-from megatron_deft.hashing import hash_file
+from megatron_deft.hashing import PIECE, PIECES, hash_file, hash_pieces
 
 # The index: magic, version 1, code of the tokens' dtype, sequences, documents; then the sequences'
 # lengths (int32) and byte offsets (int64), and the first sequence of each document (int64, with the
@@ -39,6 +39,7 @@ _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {"uint16": 8, "int32": 4}
 _UINT16_VOCABULARY = 65500  # megatron-core's own bound in DType.optimal_dtype
+_UNKNOWN = 1 << 32  # a vocabulary that no id is beyond
 _BLOCK = 1 << 20  # samples
 
 
@@ -72,10 +73,14 @@ class TokenSet:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Errors: UserError when the folder is not a whole prepared set."""
+        """Looks at the files' sizes; `damaged_files` at what is in them.
+
+        Errors: UserError when the folder is not a whole prepared set.
+        """
         self.path = Path(path)
         self.manifest = read_manifest(path)
         self._dtype = np.dtype(self.manifest["token_dtype"])
+        self._vocab_size = self.manifest["tokenizer"].get("vocab_size", _UNKNOWN)
         count, tokens = self.manifest["samples"], self.manifest["tokens"]
         width = self.manifest["weight_dtype"]
         self._tokens = _Values(self._file(TOKENS, tokens * self._dtype.itemsize), self._dtype)
@@ -106,11 +111,19 @@ class TokenSet:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Encoded:
+        """Errors: UserError for a sample that the set cannot have, IndexError beyond the last."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         start = int(self._offsets[index]) // self._dtype.itemsize
         count = int(self.lengths[index])
-        tokens = self._tokens.read(start, count).astype(np.int32)
+        if not (start >= 0 and 0 <= count <= self.manifest["longest"]):
+            where = f"{count} tokens from {start} on"
+            raise _damaged(self.path / INDEX, f"sample {index} would be {where}")
+        tokens = self._tokens.read(start, count)
+        if (largest := largest_id(tokens)) >= self._vocab_size:
+            what = f"sample {index} holds token {largest}, its tokenizer has {self._vocab_size}"
+            raise _damaged(self.path / TOKENS, what)
+        tokens = tokens.astype(np.int32)
         if self._weights is None:
             return Encoded(tokens, np.ones(count, np.float32))
         return Encoded(tokens, self._weights.read(start, count).astype(np.float32))
@@ -130,10 +143,45 @@ class _Values:
     def read(self, start: int, count: int) -> NDArray[Any]:
         """Elements [start, start + count), to be read only."""
         width = self._dtype.itemsize
-        data = os.pread(self._file.fileno(), count * width, start * width)
+        try:
+            data = os.pread(self._file.fileno(), count * width, start * width)
+        except OSError as error:  # a bad disk
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
         if len(data) != count * width:
             raise _damaged(self._path, "it became shorter")
         return np.frombuffer(data, self._dtype)
+
+
+def largest_id(tokens: NDArray[Any]) -> int:
+    """The largest of token ids, uint16 or int32 [n]; a negative one counts as 2**32 more. 0: none.
+
+    One that a model has no embedding for would end the run within a kernel.
+    """
+    return int(tokens.view(f"u{tokens.dtype.itemsize}").max(initial=0))
+
+
+def damaged_files(data: TokenSet, checksums: bool = False) -> list[str]:
+    """The names of a set's files that are not those it was made with.
+
+    Reads the index, and of the others as much as hash_pieces does: the time does not grow with the
+    tokens. `checksums`: all of every file.
+    """
+    pieces = data.manifest.get("pieces", {})
+
+    def is_same(name: str, made: dict[str, Any]) -> bool:
+        path = data.path / name
+        if checksums or name == INDEX:
+            return hash_file(path) == made
+        known = made["xxh3_128"] if made["bytes"] <= PIECE * PIECES else pieces.get(name)
+        return known in (None, hash_pieces(path))
+
+    return [name for name, made in data.manifest["files"].items() if not is_same(name, made)]
+
+
+def require_whole(data: TokenSet) -> None:
+    """Errors: UserError when damaged_files names a file."""
+    for name in damaged_files(data):
+        raise _damaged(data.path / name, "it does not match its checksum")
 
 
 def open_set(path: str | Path, tokenizer: Any = None) -> TokenSet:
@@ -226,8 +274,9 @@ def write_set(
         "token_dtype": dtypes[0],
         "weight_dtype": dtypes[1],
     }
+    pieces = {name: hash_pieces(folder / name) for name in files}
     files[INDEX] = hash_file(folder / INDEX)
-    return write_manifest(folder, {**counts, **about, "files": files})
+    return write_manifest(folder, {**counts, **about, "files": files, "pieces": pieces})
 
 
 class _Stream:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_deft.data.indexed import open_set
+from megatron_deft.data.indexed import damaged_files, open_set
 from megatron_deft.data.manifest import TOKENIZER
 from megatron_deft.data.prepare.samples import Counts, Tokeniser
 from megatron_deft.data.prepare.settings import RowSettings, columns_of
@@ -19,7 +19,6 @@ from megatron_deft.data.samples import Encoded
 from megatron_deft.data.task import Task
 from megatron_deft.data.tokenizer import load_tokenizer
 from megatron_deft.errors import UserError
-from megatron_deft.hashing import hash_file
 
 _PERCENTILES = (50, 90, 99)
 _BAR = 40  # characters of the longest bar
@@ -85,7 +84,7 @@ def inspect_set(
 
     Args:
         indices: the samples to show; without, n of them: the first, or with a `seed` drawn by it.
-        checksums: read every file and compare.
+        checksums: read all of every file and compare, not only a part of large ones.
         color: trained text is green.
         tokenizer: the one that it must have been made with; None asks for none.
 
@@ -103,14 +102,13 @@ def inspect_set(
             raise UserError(f"{path} has samples 0 to {len(data) - 1}, there is no {index}")
     own = load_tokenizer(data.path / TOKENIZER) if indices else None
     kind = manifest["kind"]
-    files = manifest["files"] if checksums else {}
     return Found(
         describe(path, manifest),
         manifest,
         _percentiles(data.lengths),
         _histogram(data.lengths),
         [_shown(own, kind, index, data[index], color) for index in indices],
-        [name for name, made in files.items() if hash_file(data.path / name) != made],
+        damaged_files(data, checksums),
     )
 
 

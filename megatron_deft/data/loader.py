@@ -53,13 +53,23 @@ class Step(NamedTuple):
     lengths: Indices
 
 
-class _Steps(Dataset[Step]):
-    """The step of each global batch, given as the numbers of its rows (int64 [n])."""
+class _Steps(Dataset[Step | Exception]):
+    """The step of each global batch, given as the numbers of its rows (int64 [n]).
+
+    Or the error that ends in a line, as a value: raised in a reader, torch would put the reader's
+    whole traceback into its text.
+    """
 
     def __init__(self, rows: Rows, share: Share) -> None:
         self.rows, self.share = rows, share
 
-    def __getitem__(self, batch: Indices) -> Step:
+    def __getitem__(self, batch: Indices) -> Step | Exception:
+        try:
+            return self._step(batch)
+        except (UserError, OSError) as error:
+            return error
+
+    def _step(self, batch: Indices) -> Step:
         share = self.share
         # One length for the whole batch: pipeline stages and sequence shards need it to agree, and
         # every rank knows it without asking.
@@ -87,8 +97,9 @@ def load_steps(
 ) -> Iterator[Step]:
     """The steps of `batches`, one after another; `workers` processes read ahead where there are.
 
-    Errors: UserError when a worker dies, instead of waiting for it for ever. Around what else the
-    process does between the steps, put naming_dead_readers.
+    Errors: UserError when a worker dies, instead of waiting for it for ever, and for damaged data;
+    OSError for files that cannot be read. Around what else the process does between the steps, put
+    naming_dead_readers.
     """
     if workers:
         # Workers make no tokens; without this the library warns of each that is forked.
@@ -107,13 +118,18 @@ def load_steps(
         multiprocessing_context="fork" if workers else None,
     )
     with naming_dead_readers(workers):
-        yield from map(_with_tensors, loader)
+        for read in loader:
+            if isinstance(read, Exception):
+                raise read
+            yield _with_tensors(read)
 
 
 def _with_arrays(step: Any) -> Any:
     """The step as a reader sends it: torch sends each tensor as a file of shared memory, which for
     these few kilobytes takes five times as long as their bytes do.
     """
+    if isinstance(step, Exception):
+        return step
     batches = [{name: tensor.numpy() for name, tensor in b.items()} for b in step.batches]
     return step._replace(batches=batches)
 

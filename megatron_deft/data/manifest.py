@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_deft.errors import UserError
 from megatron_deft.files import read_json
+from megatron_deft.hashing import SEAL, fingerprint, is_entry
 
 MANIFEST = "manifest.json"
 FORMAT = "megatron-deft token set"
@@ -18,9 +19,12 @@ TOKENIZER = "tokenizer"  # the folder of the tokenizer's files
 _TYPES: dict[str, tuple[type | None, ...]] = {  # what opening a set needs; None: may be null
     **dict.fromkeys(("samples", "tokens", "trained_tokens", "longest"), (int,)),
     **dict.fromkeys(("tokenizer", "files"), (dict,)),
-    "token_dtype": (str,),
-    "weight_dtype": (str, None),
     "template": (dict, None),
+}
+_LEGAL: dict[str, tuple[str | None, ...]] = {
+    "kind": KINDS,
+    "token_dtype": ("uint16", "int32"),
+    "weight_dtype": ("uint8", "float32", None),
 }
 PLACES = 5  # how many places are named of each reason
 
@@ -34,7 +38,9 @@ class Count:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a prepared set. Errors: UserError when `folder` is none, or of a later make.
+    """The manifest of a prepared set, without its own checksum.
+
+    Errors: UserError when `folder` is none, or of a later make, or when its manifest is damaged.
 
     Keys:
         format, version, megatron_deft, transformers: what wrote it.
@@ -46,6 +52,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         sources [{file, bytes, xxh3_128}], settings: those of RowSettings.
         dropped, cut: samples left out by reason, and those cut to max_length: {count, places}.
         files {name: {bytes, xxh3_128}}: the three files of the set.
+        pieces {name: xxh3_128}: of the tokens and weights, see hash_pieces; older sets have none.
     """
     path = Path(folder) / MANIFEST
     if not Path(folder).is_dir():
@@ -62,9 +69,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
             f"{path}: version {found.get('version')}, this program reads {VERSION}: "
             "prepare the set again, or update megatron-deft"
         )
+    seal = found.pop(SEAL, None)
+    if seal is not None and seal != fingerprint(found):
+        raise UserError(
+            f"{path} is damaged: it does not match its own checksum: prepare the set again"
+        )
     wrong = [key for key, legal in _TYPES.items() if not _is_one(found, key, legal)]
-    if wrong or found.get("kind") not in KINDS:
-        raise UserError(f"{path} is damaged ({', '.join(wrong) or 'kind'}): prepare the set again")
+    wrong += [key for key, legal in _LEGAL.items() if found.get(key, "") not in legal]
+    if wrong or not all(map(is_entry, found["files"].values())):
+        raise UserError(f"{path} is damaged ({', '.join(wrong) or 'files'}): prepare the set again")
     return found
 
 
@@ -74,8 +87,13 @@ def _is_one(found: Mapping[str, Any], key: str, legal: tuple[type | None, ...]) 
 
 
 def write_manifest(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write the manifest and return it whole; `content` is all but format and version."""
+    """Write the manifest, with its own checksum, and return it as read_manifest does.
+
+    `content` is all but format and version.
+    """
     whole = {"format": FORMAT, "version": VERSION, **content}
-    text = json.dumps(whole, indent=2, ensure_ascii=False)
+    whole = dict(json.loads(json.dumps(whole)))  # as it is read again
+    sealed = {**whole, SEAL: fingerprint(whole)}
+    text = json.dumps(sealed, indent=2, ensure_ascii=False)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return dict(json.loads(text))  # as it is read again
+    return whole

@@ -11,6 +11,7 @@ others; ours (data.sampler) do not.
 import json
 import logging
 import shutil
+import struct
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from xxhash import xxh3_128
 
+from megatron_deft.data.indexed import largest_id
 from megatron_deft.data.manifest import MANIFEST, TOKENS, read_manifest
 from megatron_deft.data.sampler import Indices
 from megatron_deft.data.samples import Encoded
@@ -65,6 +68,7 @@ class TextRows:
         first: Callable[[Callable[[], Any]], Any],
     ) -> None:
         self.length, self.packed = length, False
+        self._prefixes, self._vocab_size = list(prefixes), vocab_size
         self._description: list[str] = []
         self._datasets = [
             first(partial(self._build, prefix, share, cache, seed, vocab_size))
@@ -89,7 +93,7 @@ class TextRows:
 
         try:
             documents = IndexedDataset(prefix)
-        except (AssertionError, ValueError, KeyError) as error:
+        except (AssertionError, ValueError, KeyError, struct.error) as error:
             raise UserError(
                 f"{prefix}.idx: no index that megatron-core can read ({error}): prepare it again"
             ) from None
@@ -135,6 +139,7 @@ class TextRows:
         number = int(np.searchsorted(self._firsts, row, side="right")) - 1
         item = self._datasets[number][int(row - self._firsts[number])]
         tokens = torch.cat([item["tokens"], item["labels"][-1:]]).numpy().astype(np.int32)
+        _check_ids(self._prefixes[number], tokens, self._vocab_size)
         return [Encoded(tokens, np.ones(len(tokens), np.float32))]
 
     def positions(self, rows: Indices) -> Indices:
@@ -158,16 +163,25 @@ def _check_tokens(prefix: str, documents: Any, vocab_size: int) -> None:
     """
     path, dtype = Path(f"{prefix}.bin"), np.dtype(documents.index.dtype)
     lengths, offsets = documents.sequence_lengths, documents.index.sequence_pointers
-    needed = int(offsets[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
+    ends = offsets + lengths.astype(np.int64) * dtype.itemsize
+    needed = int(ends.max(initial=0))
     if (size := path.stat().st_size) < needed:
         raise UserError(
             f"{path} is damaged: it has {size} bytes, its index names {needed}: prepare it again"
         )
-    largest = int(np.fromfile(path, dtype, _LOOKED_AT).max(initial=0))
-    if largest >= vocab_size:
+    if min(offsets.min(initial=0), lengths.min(initial=0)) < 0:
         raise UserError(
-            f"{path} holds token {largest}, the model's tokenizer has {vocab_size}: it was made "
-            "with another one: prepare it again"
+            f"{prefix}.idx is damaged: it has a document of negative length or place: prepare it "
+            "again"
+        )
+    _check_ids(prefix, np.fromfile(path, dtype, _LOOKED_AT), vocab_size)
+
+
+def _check_ids(prefix: str, tokens: NDArray[Any], vocab_size: int) -> None:
+    if (largest := largest_id(tokens)) >= vocab_size:
+        raise UserError(
+            f"{prefix}.bin holds token {largest}, the model's tokenizer has {vocab_size}: it was "
+            "made with another one, or is damaged: prepare it again"
         )
 
 

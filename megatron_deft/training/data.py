@@ -13,7 +13,7 @@ from megatron.core import parallel_state
 
 from megatron_deft.config import RunConfig
 from megatron_deft.data.check import check_sets
-from megatron_deft.data.indexed import open_set
+from megatron_deft.data.indexed import TokenSet, open_set, require_whole
 from megatron_deft.data.loader import Share
 from megatron_deft.data.manifest import TOKENS
 from megatron_deft.data.mixture import Rows, SampleRows
@@ -110,18 +110,25 @@ def _open(
 ) -> SampleRows | TextRows:
     if check_sets(cfg.data, key, sets) == "pretrain":
         return _open_text(cfg, sets, tokenizer, validating)
-    opened = [open_set(one, tokenizer) for one in sets]
+    opened = [_open_whole(one, tokenizer) for one in sets]
     data, limit = cfg.data, cfg.data.val_max_samples if validating else None
     return SampleRows(
         opened, data.max_length, data.pack, cfg.parallel.context, cfg.seed, limit=limit
     )
 
 
+def _open_whole(path: str, tokenizer: Any) -> TokenSet:
+    """A prepared set whose files are those it was made with; rank 0 looks for all."""
+    found = open_set(path, tokenizer)
+    on_rank_0(lambda: require_whole(found), is_quick=True)
+    return found
+
+
 def _open_text(cfg: RunConfig, sets: Sequence[str], tokenizer: Any, validating: bool) -> TextRows:
     prefixes = []
     for one in sets:
         if Path(one).is_dir():
-            open_set(one, tokenizer)
+            _open_whole(one, tokenizer)
             one = str(Path(one) / Path(TOKENS).stem)
         prefixes.append(one)
     share = (0.0, 1.0)

@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_deft.data.indexed import Block, TokenSet, open_set, token_dtype, write_set
+from megatron_deft.data.indexed import (
+    Block,
+    TokenSet,
+    damaged_files,
+    open_set,
+    require_whole,
+    token_dtype,
+    write_set,
+)
 from megatron_deft.data.tokenizer import template_hash, template_text, tokenizer_hash
 from megatron_deft.errors import UserError
+from megatron_deft.hashing import SEAL
 from tests.data.conftest import CHATML, PLAIN
 
 LENGTHS = ([3, 1, 5], [], [2, 70_000])
@@ -126,10 +135,20 @@ def swap_index(path: Path) -> None:
 
 
 def change(key: str, value: Any) -> Callable[[Path], None]:
+    """Of a set from before manifests had a checksum of their own."""
+
     def edit(path: Path) -> None:
-        path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+        content = {**json.loads(path.read_text()), key: value}
+        content.pop(SEAL)
+        path.write_text(json.dumps(content))
 
     return edit
+
+
+def other_count(path: Path) -> None:
+    text = path.read_text()
+    assert '"trained_tokens": 3' in text
+    path.write_text(text.replace('"trained_tokens": 3', '"trained_tokens": 2'))
 
 
 @pytest.mark.parametrize(
@@ -143,6 +162,9 @@ def change(key: str, value: Any) -> Callable[[Path], None]:
         ("weights.bin", Path.unlink, "weights.bin is damaged: it is missing"),
         ("manifest.json", Path.unlink, "is no prepared set, it has no manifest.json"),
         ("manifest.json", shorten, "is not readable JSON"),
+        ("manifest.json", other_count, "is damaged: it does not match its own checksum"),
+        ("manifest.json", change("files", {"tokens.bin": {"bytes": 1}}), "is damaged (files)"),
+        ("manifest.json", change("weight_dtype", "int1"), "is damaged (weight_dtype)"),
         ("manifest.json", change("format", "x"), "is not that of a prepared set"),
         ("manifest.json", change("version", 2), "version 2, this program reads 1"),
         ("manifest.json", change("samples", "5"), "is damaged (samples)"),
@@ -162,6 +184,79 @@ def test_damage_is_told(
     with pytest.raises(UserError, match=re.escape(message)) as error:
         open_set(folder)
     assert "\n" not in str(error.value)
+
+
+def flip(path: Path, at: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def test_files_that_changed_are_told(tmp_path: Path) -> None:
+    """Of the right size all the same: one byte, another set's tokens, an index of other lengths."""
+    folder = make(tmp_path / "set")
+    require_whole(open_set(folder))
+    other = make(tmp_path / "other", weights="float32")
+    for name, harm in {
+        "tokens.bin": lambda path: flip(path, 70_000),
+        "weights.bin": lambda path: path.write_bytes(b"\1" * 70_011),
+        "tokens.idx": lambda path: flip(path, 34),  # the length of the first sample
+    }.items():
+        damaged = tmp_path / name
+        shutil.copytree(folder, damaged)
+        harm(damaged / name)
+        assert damaged_files(open_set(damaged)) == [name]
+        message = f"{damaged / name} is damaged: it does not match its checksum: prepare the set ag"
+        with pytest.raises(UserError, match=re.escape(message)):
+            require_whole(open_set(damaged))
+    shutil.copy(other / "tokens.bin", folder / "tokens.bin")
+    assert damaged_files(open_set(folder)) == ["tokens.bin"]
+    change("pieces", {})(folder / "manifest.json")
+    assert damaged_files(open_set(folder)) == ["tokens.bin"], "the whole checksum is enough"
+
+
+def test_of_large_files_64_mib_are_looked_at(tmp_path: Path) -> None:
+    tokens = np.arange(40_000_000, dtype=np.uint16)
+    (tmp_path / "set").mkdir()
+    block = Block(np.array([len(tokens)], np.int32), tokens, None)
+    write_set(tmp_path / "set", [block], ("uint16", None), about())
+    path = tmp_path / "set" / "tokens.bin"
+    between = 1_100_000  # the second piece begins 1.2 MB into the file
+    flip(path, between)
+    assert damaged_files(open_set(tmp_path / "set")) == []
+    assert damaged_files(open_set(tmp_path / "set"), checksums=True) == ["tokens.bin"]
+    flip(path, between)
+    assert damaged_files(open_set(tmp_path / "set"), checksums=True) == []
+    with open(path, "r+b") as file:
+        file.seek(40_000_000)
+        file.write(bytes(2_000_000))
+    assert damaged_files(open_set(tmp_path / "set")) == ["tokens.bin"]
+    change("pieces", {})(tmp_path / "set" / "manifest.json")
+    assert damaged_files(open_set(tmp_path / "set")) == [], "an older set has its size alone"
+
+
+@pytest.mark.parametrize(("dtype", "wrong"), [("uint16", 60_000), ("int32", -1)])
+def test_a_token_that_no_tokenizer_has_is_told(tmp_path: Path, dtype: str, wrong: int) -> None:
+    made = {"hash": None, "name": "hf/made", "vocab_size": 2**31 if dtype == "int32" else 60_000}
+    folder = make(tmp_path / "set", dtype, tokenizer=made)
+    path = folder / "tokens.bin"
+    tokens = np.fromfile(path, dtype)
+    tokens[5] = wrong
+    tokens.tofile(path)
+    data = open_set(folder)
+    assert len(data[0].tokens) == 3
+    message = f"{path} is damaged: sample 2 holds token {wrong % 2**32}, its tokenizer has "
+    with pytest.raises(UserError, match=re.escape(message)):
+        data[2]
+
+
+def test_a_sample_out_of_bounds_is_told(tmp_path: Path) -> None:
+    folder = make(tmp_path / "set")
+    flip(folder / "tokens.idx", 34 + 4 + 3)  # the second length: 1 + 2**24
+    with pytest.raises(UserError, match=r"tokens.idx is damaged: sample 1 would be 16777217 tok"):
+        open_set(folder)[1]
 
 
 def test_only_with_the_tokenizer_it_was_made_with(

@@ -82,7 +82,7 @@ def test_checksums(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     shown(capsys, str(folder), "--checksums")
     whole = (folder / "weights.bin").read_bytes()
     (folder / "weights.bin").write_bytes(b"\x07" + whole[1:])
-    shown(capsys, str(folder))
+    assert "DAMAGED: weights.bin" in shown(capsys, str(folder), code=1)
     assert "DAMAGED: weights.bin" in shown(capsys, str(folder), "--checksums", code=1)
 
 

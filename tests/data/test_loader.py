@@ -114,6 +114,16 @@ def test_ranks_share_a_batch_of_one_length(sets: list[TokenSet], workers: int) -
         )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_that_a_reader_meets_is_one_line(sets: list[TokenSet], workers: int) -> None:
+    (sets[0].path / "tokens.bin").write_bytes(b"")
+    steps = load_steps(SampleRows(sets, 32, False, 1, 0), ALONE, [np.array([0, 1])], workers)
+    with pytest.raises(UserError) as error:
+        next(steps)
+    path = sets[0].path / "tokens.bin"
+    assert str(error.value) == f"{path} is damaged: it became shorter: prepare the set again"
+
+
 class Deadly(SampleRows):
     """Its third row kills whoever reads it, as the kernel does when memory is short."""
 

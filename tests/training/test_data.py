@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import time
@@ -330,6 +331,12 @@ def test_data_that_cannot_be_used_is_one_line_on_every_rank(
         (tmp_path / f"{name}.bin").write_bytes((ids * 40).tobytes()[:keep])
         write_index(tmp_path / f"{name}.idx", [np.array([60, 40], np.int32)], "uint16")
         cfgs[name] = config(base, tmp_path / f"run {name}", **on(tmp_path, name))
+    for name, at in (("changed", 9), ("changed text", 0)):
+        shutil.copytree(sets / ("one" if at else "text"), tmp_path / name)
+        ids = np.fromfile(tmp_path / name / "tokens.bin", np.uint16)
+        ids[at] ^= 1
+        ids.tofile(tmp_path / name / "tokens.bin")
+        cfgs[name] = config(base, tmp_path / f"run {name}", **on(tmp_path, name))
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": [}\n')
     cfgs["broken file"] = config(base, tmp_path / "b", **{"data.train_files": f"[{broken}]"})
@@ -339,6 +346,9 @@ def test_data_that_cannot_be_used_is_one_line_on_every_rank(
     assert "broken.jsonl line 1" in heard[0]["broken file"]
     assert "foreign.bin holds token 3960, the model's tokenizer has" in heard[0]["foreign"]
     assert "cut.bin is damaged: it has 198 bytes, its index names 200" in heard[0]["cut"]
+    for name in ("changed", "changed text"):
+        path = tmp_path / name / "tokens.bin"
+        assert f"{path} is damaged: it does not match its checksum: prepare" in heard[0][name]
     assert heard[0] == heard[1]
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_deft import __version__
-from megatron_deft.data.indexed import Block, open_set, token_dtype, write_set
+from megatron_deft.data.indexed import Block, open_set, require_whole, token_dtype, write_set
 from megatron_deft.data.manifest import (
     MANIFEST,
     PLACES,
@@ -179,9 +179,10 @@ def _is_made_of(out: Path, about: dict[str, Any]) -> bool:
     if not (out / MANIFEST).is_file():
         return False
     try:
-        there = open_set(out).manifest
+        require_whole(found := open_set(out))
     except UserError:
         return False
+    there = found.manifest
     now = json.loads(json.dumps(about))  # as JSON has it: without tuples
     same = _decisive({key: there[key] for key in about}) == _decisive(now)
     return same and there["settings"]["bad_rows"] == now["settings"]["bad_rows"]
