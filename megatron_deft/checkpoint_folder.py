@@ -24,6 +24,7 @@ from typing import Any
 from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write, read_json
 from megatron_deft.hashing import SEAL, fingerprint, hash_file, hash_files, is_entry
+from megatron_deft.hf_files import TOKENIZER_FILES, matching
 
 MANIFEST = "megatron_deft.json"
 FORMAT = 2
@@ -54,6 +55,8 @@ FIELDS: Mapping[str, Callable[[Any], bool]] = {
 
 logger = logging.getLogger(__name__)
 _DROPPING = threading.Lock()  # a save's thread and the one that sees to exports take turns
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # a tokenizer has one of them
+_READ = (*TOKENIZER_FILES, "generation_config.json")  # of hf/; the rest is carried along
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 _TEMPORARY_NAME = re.compile(r"\..+\.(tmp|old)-\d+(-\d+)?")
 
@@ -170,6 +173,27 @@ def _problem(path: Path, want: Any, known: Any, is_hashed: bool) -> str:
     except OSError as error:
         return f"cannot be read ({error.strerror})"
     return ""
+
+
+def strays(folder: str | Path) -> list[str]:
+    """Files that someone has put into FOLDER/hf and that would be read with the others, one line
+    per file; empty when there are none.
+
+    They are no damage, for which another folder would do: whoever put them there must decide.
+    Hidden files are no one's (.nfs0001, .DS_Store); a folder that came without a tokenizer may be
+    given one. Errors: UserError as read_manifest raises.
+    """
+    folder = Path(folder)
+    recorded = read_manifest(folder)["files"]
+    if not any(f"hf/{name}" in recorded for name in _TOKENIZERS):
+        return []
+    found = (path for path in matching(folder / "hf", _READ) if not path.name.startswith("."))
+    return [
+        f"{path} was put there after the folder was written, it is not in {MANIFEST}: remove it, "
+        "or convert the model again with it (a chat template: data.template)"
+        for path in found
+        if path.relative_to(folder).as_posix() not in recorded
+    ]
 
 
 def write_source(export: str | Path, manifest: Mapping[str, Any]) -> None:

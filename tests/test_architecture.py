@@ -26,7 +26,7 @@ ROOMS = {
     "published": set(),
     "objectives": {"errors"},
     "config": {"errors", "objectives"},
-    "checkpoint_folder": {"errors", "files", "hashing"},
+    "checkpoint_folder": {"errors", "files", "hashing", "hf_files"},
     "revision": set(),
     "ops": {"errors"},
     "loss": {"errors", "objectives", "ops"},

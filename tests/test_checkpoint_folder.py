@@ -84,6 +84,40 @@ def test_damage_is_named(tmp_path: Path, damage: Callable[[Path], None], says: s
     assert folders.verify(path) == [f"state/__0_0.distcp {says}" + " checksum" * ("blake" in says)]
 
 
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("hf/chat_template.jinja", True),
+        ("hf/additional_chat_templates/tools.jinja", True),
+        ("hf/generation_config.json", True),
+        ("hf/tokenizer.model", True),
+        ("hf/.nfs0001", False),
+        ("hf/.DS_Store", False),
+        ("hf/additional_chat_templates/.DS_Store", False),
+        ("state/.nfs0001", False),
+        ("hf/notes.txt", False),
+        ("hf/LICENSE", False),
+    ],
+)
+def test_a_file_put_there_later_is_refused_if_it_would_be_read(
+    tmp_path: Path, name: str, is_refused: bool
+) -> None:
+    path = make(tmp_path / "a")
+    stray = path / name
+    stray.parent.mkdir(exist_ok=True)
+    stray.write_text("x")
+    assert folders.strays(path) == []  # without a tokenizer of its own it may be given one
+    (path / "hf" / "tokenizer.json").write_text("{}")
+    stray.unlink()
+    folders.write_manifest(path, kind="weights", spec={})
+    stray.write_text("x")
+    assert folders.verify(path) == []
+    assert len(folders.strays(path)) == is_refused
+    for line in folders.strays(path):
+        assert line.startswith(f"{stray} was put there after the folder was written")
+        assert "\n" not in line
+
+
 def test_what_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make(tmp_path / "a")
 

@@ -178,9 +178,11 @@ def _needs(weights: int, tensors: int, companions: Path) -> int:
 
 
 def require_whole(source: Path, **how: Any) -> None:
-    """Errors: UserError with what checkpoint_folder.verify(source, **how) found."""
+    """Errors: UserError with what checkpoint_folder.verify(source, **how) found, or a stray."""
     if problems := folders.verify(source, **how):
         raise UserError(f"{source} is damaged: {'; '.join(problems)}: use another checkpoint")
+    if found := folders.strays(source):
+        raise UserError(found[0])
 
 
 def check_target(out: Path, source: Path, overwrite: bool, marker: str) -> None:

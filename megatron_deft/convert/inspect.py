@@ -131,7 +131,7 @@ def _tokenizer(folder: Path) -> dict[str, str]:
 
 def _ours(path: Path, checksums: bool) -> Inspection:
     manifest = folders.read_manifest(path)
-    problems = folders.verify(path, checksums)
+    problems = [*folders.verify(path, checksums), *folders.strays(path)]
     stored: Mapping[str, Any] = {}
     if not any(problem.startswith(METADATA) for problem in problems):
         stored = StateReader(path / "state").tensors

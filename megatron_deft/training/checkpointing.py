@@ -6,11 +6,11 @@ writes it. The learning rate needs no state: it is a pure function of the step.
 
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -28,11 +28,13 @@ from megatron_deft.errors import UserError
 from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import chunk_state
+from megatron_deft.training.data import on_rank_0
 from megatron_deft.training.exports import FOLDER as EXPORTS
 from megatron_deft.training.optimizer import restore, sharded_state, steps
 from megatron_deft.training.restarts import Attempt
 
 METRICS = "metrics.jsonl"
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,9 @@ def state_to_save(
     return state, entries
 
 
-def _from_rank_0(value: Any) -> Any:
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+def _from_rank_0(look: Callable[[], Found]) -> Found:
+    """What rank 0 finds, on every rank: another machine may see a folder as it was a moment ago."""
+    return on_rank_0(look, is_quick=True)
 
 
 def _model_state(model: Sequence[GPTModel]) -> dict[str, Any]:
@@ -157,14 +158,14 @@ def find(attempt: Attempt, asked: str) -> tuple[Path | None, list[str]]:
     if resume not in ("no", "auto", "must"):
         folder = checkpoint_folder.resolve(resume)
         # an attempt before this one may have left its metrics
-        if attempt.number == 1 and _from_rank_0(_mixes_runs(run_dir, folder)):
+        if attempt.number == 1 and _from_rank_0(lambda: _mixes_runs(run_dir, folder)):
             raise UserError(
                 f"train.resume={resume} is of another run, and run_dir={run_dir} holds checkpoints "
                 "or metrics of its own: choose another run_dir"
             )
         check(folder, "train.resume")
         return folder, []
-    candidates, skipped = _from_rank_0(checkpoint_folder.candidates(run_dir))
+    candidates, skipped = _from_rank_0(lambda: checkpoint_folder.candidates(run_dir))
     newest = None
     for path in candidates:
         problems = _problems(path)
@@ -178,7 +179,7 @@ def find(attempt: Attempt, asked: str) -> tuple[Path | None, list[str]]:
                 f"run_dir={run_dir} holds checkpoints up to {newest.name}: pass --resume to go on "
                 "from there, or choose another run_dir"
             )
-        if _from_rank_0(_has_metrics(run_dir)):
+        if _from_rank_0(lambda: _has_metrics(run_dir)):
             raise UserError(
                 f"run_dir={run_dir} holds the metrics of another run: choose another run_dir, or "
                 f"remove {run_dir / METRICS}"
@@ -190,6 +191,8 @@ def find(attempt: Attempt, asked: str) -> tuple[Path | None, list[str]]:
             f"train.resume=must, but {run_dir}/checkpoints holds no whole checkpoint{why}: check "
             "run_dir, or pass train.resume=auto to start at step 0"
         )
+    if newest is not None:
+        _refuse_strays(newest)
     used = f"going on from {newest.name}" if newest else "starting at step 0"
     return newest, [f"{path} is passed over ({why}); {used}" for path, why in skipped]
 
@@ -207,16 +210,25 @@ def _mixes_runs(run_dir: Path, folder: Path) -> bool:
 
 
 def check(folder: Path, key: str) -> None:
-    """Refuse a damaged folder by name; every rank calls it and reads its share of the files."""
+    """Refuse a damaged folder by name, and one that was added to.
+
+    Every rank calls it and reads its share of the files.
+    """
     if problems := _problems(folder):
         raise UserError(
             f"{key}={folder} is damaged: {'; '.join(problems)}; write it again, or name another"
         )
+    _refuse_strays(folder)
+
+
+def _refuse_strays(folder: Path) -> None:
+    if found := _from_rank_0(lambda: checkpoint_folder.strays(folder)):
+        raise UserError(found[0])
 
 
 def _problems(folder: Path) -> list[str]:
     """What is wrong with a checkpoint, the same on every rank; each rank hashes its share."""
-    problems = _from_rank_0(checkpoint_folder.verify(folder, checksums=False))
+    problems = _from_rank_0(lambda: checkpoint_folder.verify(folder, checksums=False))
     if problems:
         return problems
     share = slice(dist.get_rank(), None, dist.get_world_size())

@@ -318,7 +318,8 @@ def _write_rest(save: _Save, companions: Companions) -> _Written:
     path = save.temporary / "state" / "common.pt"
     with Output(path, nothing_follows, progress_bar("", 0, shown=False)) as output:
         save_into(output, save.plan.common)
-    return _Written([], _hashes(save.temporary, [path, *(save.temporary / "hf").iterdir()]))
+    beside = (p for p in (save.temporary / "hf").rglob("*") if p.is_file())
+    return _Written([], _hashes(save.temporary, [path, *beside]))
 
 
 def _publish(

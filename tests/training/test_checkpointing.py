@@ -37,7 +37,7 @@ def test_nothing_makes_way_in_a_new_folder(tmp_path: Path) -> None:
 def test_two_runs_are_not_mixed_in_one_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpointing, "_from_rank_0", lambda value: value)
+    monkeypatch.setattr(checkpointing, "_from_rank_0", lambda look: look())
     monkeypatch.setattr(checkpointing, "_problems", lambda folder: [])
     run, other, logged, new = (tmp_path / name for name in ("run", "other", "logged", "new"))
     for run_dir in (run, other):

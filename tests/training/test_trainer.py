@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from contextlib import redirect_stdout
 from io import StringIO
@@ -13,11 +14,15 @@ import torch
 
 from megatron_deft import checkpoint_folder, platform
 from megatron_deft.config import RunConfig
+from megatron_deft.convert.hf import export_hf
+from megatron_deft.convert.inspect import inspect
 from megatron_deft.data.batches import collate
+from megatron_deft.data.tokenizer import write_template
 from megatron_deft.errors import UserError
 from megatron_deft.hashing import hash_files
 from megatron_deft.revision import revision
 from megatron_deft.training.run import run
+from tests.data.conftest import CHATML
 from tests.distributed import run_ranks
 from tests.training.ranks import STEPS, config, metrics, same_but_time, train_all
 
@@ -179,11 +184,39 @@ def refused(rank: int, world: int, cfg: RunConfig) -> str:
     return str(caught.value)
 
 
+def refused_then_train(rank: int, world: int, cfgs: list[RunConfig], stray: Path) -> list[str]:
+    """What is said of the runs; the first then goes on without the stray file."""
+    said = [refused(rank, world, cfg) for cfg in cfgs]
+    stray.unlink(missing_ok=True)
+    run(cfgs[0])
+    return said
+
+
 def test_runs_that_would_overwrite_or_cannot_resume_are_refused(base: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    cfg = config(base, run_dir, **{"train.steps": 1, "train.save_at_end": "true"})
+    run_dir, hf = tmp_path / "run", tmp_path / "hf"
+    shutil.copytree(base / "hf", hf)
+    write_template(hf, CHATML)
+    (hf / "additional_chat_templates").mkdir()
+    (hf / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
+    model = {"model.load": "null", "model.hf": hf}
+    cfg = config(base, run_dir, **model, **{"train.steps": 1, "train.save_at_end": "true"})
     run_ranks(1, train_all, [cfg])
     assert "pass --resume" in run_ranks(1, refused, cfg)[0]
+    checkpoint = run_dir / "checkpoints" / "step_00000001"
+    assert (checkpoint / "hf" / "additional_chat_templates" / "tools.jinja").is_file()
+    stray = checkpoint / "hf" / "added_tokens.json"
+    stray.write_text("{}")
+    (problem,) = inspect(checkpoint).problems
+    assert problem.startswith(f"{stray} was put there after the folder was written")
+    with pytest.raises(UserError, match=re.escape(problem)):
+        export_hf(checkpoint, tmp_path / "out")
+    for name in ("hf/.nfs0001", "hf/.DS_Store", "state/.nfs0002"):
+        (checkpoint / name).touch()
+    more = config(base, run_dir, **model, **{"train.steps": 2, "train.resume": "auto"})
+    named = config(base, tmp_path / "by name", **model, **{"train.resume": checkpoint})
+    for said in run_ranks(2, refused_then_train, [more, named], stray):
+        assert all(f"{stray} was put there after the folder was written" in line for line in said)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2]
     none = config(base, tmp_path / "none", **{"train.resume": "must"})
     assert "holds no whole checkpoint" in run_ranks(2, refused, none)[1]
     bare = config(base, tmp_path / "bare", **{"train.steps": 1})
