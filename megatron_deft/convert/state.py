@@ -12,6 +12,7 @@ both are read.
 
 import io
 import json
+import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
+    CheckpointException,
     DefaultLoadPlanner,
     FileSystemWriter,
     LoadPlan,
@@ -302,6 +304,35 @@ def _data_offset(saved: Any) -> int:
     return record.header_offset + 30 + name + extra
 
 
+def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """megatron's dist_checkpointing.load of a state folder, whose pickles are looked into first.
+
+    Errors: UserError when the folder holds a pickle that is not safe to read, and when it cannot be
+    read although its checksums were right: no reason to take another one, as to try again may help.
+    """
+    from megatron.core import dist_checkpointing
+
+    require_safe(folder)
+    try:
+        loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+        return loaded
+    except CheckpointException as error:  # every rank has it, when one of them met something
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise UserError(_not_loaded(folder, f"rank {rank}: {_one_line(cause)}")) from error
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(_not_loaded(folder, _one_line(error))) from error
+
+
+def _not_loaded(folder: Path, cause: str) -> str:
+    return f"{folder} cannot be loaded ({cause}): try again, or name another folder"
+
+
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return ": ".join(filter(None, (error.filename, error.strerror)))
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str | Path) -> int:
     """Load FOLDER/state (`folder` is the state folder) into this rank's GPTModel, in its dtype.
 
@@ -309,11 +340,9 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
     pipeline, `model` is all of the rank's chunks. Rows of vocabulary padding become zero. Heads of
     multi-token prediction that the state does not hold stay as they are.
     returns: how many of those heads it holds
-    Errors: UserError when the folder holds a pickle that is not safe to read; megatron's
-    CheckpointingException or KeyError when a parameter is missing or has another shape.
+    Errors: UserError as load_state raises; megatron's CheckpointingException or KeyError when a
+    parameter is missing or has another shape.
     """
-    from megatron.core import dist_checkpointing
-
     from megatron_deft.models.heads import chunk_state, count_heads, is_of_head
 
     heads = count_heads(StateReader(Path(folder)).tensors)
@@ -330,9 +359,8 @@ def load_model(model: torch.nn.Module | Sequence[torch.nn.Module], folder: str |
         }
         for i, chunk in enumerate(chunks)
     }
-    require_safe(folder)
     # It brings along whatever else the checkpoint keeps in common.pt, such as learning rates.
-    loaded = dist_checkpointing.load(wanted, str(folder))
+    loaded = load_state(wanted, Path(folder))
     for i, chunk in enumerate(chunks):
         result = chunk.load_state_dict(loaded[f"model{i}"], strict=False)
         missing = [key for key in result.missing_keys if not is_left_alone(key)]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import numpy
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer.optimizer import ChainedOptimizer
@@ -23,7 +23,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron_deft import checkpoint_folder
 from megatron_deft.config import RunConfig
 from megatron_deft.config.stages import COUNTED, GIVEN
-from megatron_deft.convert.pickles import require_safe
+from megatron_deft.convert.state import load_state
 from megatron_deft.errors import UserError
 from megatron_deft.models.adapters import adapters_alone
 from megatron_deft.models.families import ModelSpec
@@ -284,9 +284,8 @@ def load(
             f"resumed at another layout than {manifest['layout']}: weights, optimizer and data "
             "position are exact, dropout draws anew"
         )
-    require_safe(folder / "state")
     with torch.no_grad():
-        loaded = dist_checkpointing.load(state, str(folder / "state"))
+        loaded = load_state(state, folder / "state")
     for number, chunk in enumerate(model):
         chunk.load_state_dict(loaded[f"model{number}"], strict=cfg.lora.rank is None)
     position = Position(manifest["step"], manifest["consumed"], manifest.get("skipped") or 0)

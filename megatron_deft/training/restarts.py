@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from megatron_deft import checkpoint_folder
 from megatron_deft.files import atomic_write
+from megatron_deft.training.data import on_rank_0
 
 NAME = ".job"
 LOCK_SECONDS = 120  # until a shared disk takes the lock from a machine that is lost (NFSv4: 90)
@@ -69,11 +70,12 @@ def this_attempt(run_dir: Path) -> Attempt:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, _agent())
     agents = frozenset(name for name in found if name is not None)
-    answer: list[Any] = [None]
-    if dist.get_rank() == 0:  # another machine may see the folder as it was a moment ago
-        answer = [(_number(run_dir, agents), bool(checkpoint_folder.candidates(run_dir)[0]))]
-    dist.broadcast_object_list(answer, src=0)
-    return Attempt(run_dir, agents, *answer[0])
+    # another machine may see the folder as it was a moment ago
+    number, has_own = on_rank_0(
+        lambda: (_number(run_dir, agents), bool(checkpoint_folder.candidates(run_dir)[0])),
+        is_quick=True,
+    )
+    return Attempt(run_dir, agents, number, has_own)
 
 
 def _agent() -> str | None:

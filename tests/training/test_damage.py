@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+import torch
+
 from megatron_deft import checkpoint_folder
 from megatron_deft.checkpoint_folder import MANIFEST
 from megatron_deft.config import RunConfig
+from megatron_deft.convert import state
+from megatron_deft.convert.pickles import require_safe
 from megatron_deft.hashing import hash_file
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics, train_all
-from tests.training.test_trainer import flip_a_byte
+from tests.training.test_trainer import flip_a_byte, refused
 
 LAYOUT = {
     "parallel.tensor": 2,
@@ -111,3 +116,77 @@ def test_the_run_ends_as_if_nothing_had_been_damaged(base: Path, tmp_path: Path)
         run_dir = Path(cfg.run_dir)
         assert [(line["step"], line["loss"]) for line in metrics(run_dir)] == losses, (name, why)
         assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000003\n"
+
+
+def becomes_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+# What happens to a file of the newest checkpoint once its checksum was found right.
+LATER: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "cut": ("__1_0.distcp", cut_short, "rank 1: "),
+    "no file": ("__0_0.distcp", becomes_a_folder, "rank 0: "),
+    "no common state": ("common.pt", becomes_a_folder, "common.pt: Is a directory"),
+}
+
+
+def refused_late(rank: int, world: int, configs: dict[str, RunConfig]) -> list[str]:
+    """What is said when files change between their checksums and the load."""
+    answers = []
+    for kind, cfg in configs.items():
+        name, damage, _ = LATER[kind]
+
+        def vet_then_damage(folder: Path, name: str = name, damage: Any = damage) -> None:
+            require_safe(folder)
+            torch.distributed.barrier()
+            if rank == 0:
+                damage(folder / name)
+            torch.distributed.barrier()
+
+        with mock.patch.object(state, "require_safe", vet_then_damage):
+            answers.append(refused(rank, world, cfg))
+    return answers
+
+
+def unreadable_root(rank: int, world: int, cfg: RunConfig) -> str:
+    """What is said when the folder of checkpoints cannot be listed, by rank 0 alone."""
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Any:
+        if path.name == "checkpoints" and rank == 0:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return listed(path)
+
+    with (
+        mock.patch.object(Path, "iterdir", iterdir),
+        pytest.raises(OSError, match="Input/output error") as caught,
+    ):
+        train_all(rank, world, [cfg])
+    return f"{caught.value.filename}: {caught.value.strerror}"
+
+
+def test_what_breaks_while_it_is_loaded_is_one_line_on_every_rank(
+    base: Path, tmp_path: Path
+) -> None:
+    """And no reason to go on from another checkpoint: the next start compares everything again."""
+    whole = tmp_path / "whole"
+    run_ranks(2, train_all, [config(base, whole, **{**LAYOUT, "train.steps": 2})])
+    runs = {}
+    for kind in LATER:
+        shutil.copytree(whole, tmp_path / kind)
+        more = {**LAYOUT, "train.resume": "auto"}
+        runs[kind] = config(base, tmp_path / kind, **more)
+    heard = run_ranks(2, refused_late, runs)
+    assert heard[0] == heard[1]
+    for said, (kind, (_, _, cause)) in zip(heard[0], LATER.items(), strict=True):
+        folder = tmp_path / kind / "checkpoints" / NEWEST
+        assert said.startswith(f"{folder / 'state'} cannot be loaded (")
+        assert cause in said
+        assert folder.is_dir()
+    more = config(base, whole, **LAYOUT, **{"train.resume": "auto"})
+    heard = run_ranks(2, unreadable_root, more)
+    assert heard == [f"{whole / 'checkpoints'}: Input/output error"] * 2
+    assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
+        "latest", BEFORE, NEWEST
+    ]  # fmt: skip
