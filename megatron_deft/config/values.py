@@ -137,6 +137,9 @@ def checked(name: str, declaration: Field[Any], hint: Any, value: Any) -> Any:
 
 
 def _only_quotes_missing(value: Any, hint: Any) -> bool:
-    """Whether YAML read a number or truth value where a string was meant (`experiment: 7`)."""
-    wants_text = hint is str or str in get_args(hint)
+    """Whether YAML read a number or truth value where a string was meant (`experiment: 7`).
+
+    Not where a number would do, too (`exit_duration: 1e400`): then this one is none of those.
+    """
+    wants_text = hint is str or (str in get_args(hint) and float not in get_args(hint))
     return wants_text and isinstance(value, int | float) and get_origin(hint) is not Literal

@@ -167,6 +167,14 @@ def test_wrong_files_are_refused(write, text, expected):
         assert part in message
 
 
+@pytest.mark.parametrize("value", ["1e400", "-.inf", ".nan", "true"])
+def test_a_duration_without_end_needs_no_quotes(write, value):
+    message = refusal(write(MINIMAL), f"train.exit_duration={value}")
+    assert "train.exit_duration=" in message
+    assert "or such as 90s, 45m, 3h50m" in message
+    assert "quotes" not in message
+
+
 def test_a_key_twice_inside_one_section(write):
     message = refusal(write("run_dir: a\noptim:\n  lr: 1\n  lr: 1\n"))
     assert "run.yaml:4" in message
