@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from importlib import import_module
+from importlib import import_module, metadata
 from itertools import islice
 from numbers import Real
 from pathlib import Path
@@ -68,6 +68,12 @@ def check_installed() -> None:
         raise UserError(
             f"evaluate general needs lm-eval ({error}): pip install 'megatron-deft[general]'"
         ) from error
+    found = metadata.version("datasets")
+    if int(found.split(".")[0]) < 4:  # they run the scripts of a data set, if its task says so
+        raise UserError(
+            f"evaluate general: datasets {found} may run code of a data set: "
+            "pip install 'datasets>=4'"
+        )
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.evaluation import general
 from megatron_deft.evaluation.general import describe, evaluate
 from megatron_deft.evaluation.general_arguments import add_general_arguments, run_general
-from megatron_deft.evaluation.harness import _known
+from megatron_deft.evaluation.harness import _known, check_installed
 from megatron_deft.evaluation.statistics import bootstrap
 from tests.evaluation.general_tasks import (
     CHOICES,
@@ -340,6 +341,13 @@ def test_mistakes_are_one_line(model: Path, tasks: Path, tmp_path: Path) -> None
         with pytest.raises(UserError, match=message) as caught:
             evaluate(**arguments)
         assert "\n" not in str(caught.value)
+
+
+def test_with_a_datasets_that_runs_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_installed()
+    monkeypatch.setattr(metadata, "version", lambda name: {"datasets": "3.6.0"}[name])
+    with pytest.raises(UserError, match=r"datasets 3.6.0 may run code .* 'datasets>=4'"):
+        check_installed()
 
 
 def test_without_lm_eval(monkeypatch: pytest.MonkeyPatch, model: Path) -> None:
