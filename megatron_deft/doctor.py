@@ -125,7 +125,9 @@ def _device() -> tuple[Finding, bool]:
 
         from megatron_deft.platform import backend
     except Exception as error:  # as in _used
-        return Finding("device", f"torch does not load: {error}", "pip install torch", True), False
+        return Finding(
+            "device", f"torch does not load: {_why(error)}", "pip install torch", True
+        ), False
     gpu = backend() == "nccl"
     if not gpu:
         return Finding("device", f"CPU, {torch.get_num_threads()} threads, gloo"), False
@@ -139,8 +141,8 @@ def _extension(gpu: bool) -> Finding:
     """The compiled operators; without them the same operators run in plain torch, slower."""
     try:
         from megatron_deft.ops import native
-    except (ImportError, OSError) as error:
-        return Finding("megatron_deft._C", f"cannot be tried: {error}", "pip install torch")
+    except Exception as error:  # as in _used
+        return Finding("megatron_deft._C", f"cannot be tried: {_why(error)}", "pip install torch")
     wanted = "cuda" if gpu else "cpu"
     if wanted in native.devices():
         devices = f"{' and '.join(native.devices())}, on the CPU {native.instruction_set()}"
@@ -236,14 +238,17 @@ def _machine(gpu: bool) -> Iterator[Finding]:
         yield Finding("GPU", f"not used: torch {torch.__version__} {why}", remedy, kind=MACHINE)
 
 
+def _why(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
 def _used(gpu: bool) -> Iterator[Finding]:
     """What a run would use; where something does not import, that."""
     for ask in (lambda: _loss_kernels(gpu), _layers):
         try:
             yield from ask()
         except Exception as error:  # a package that is broken may raise anything at its import
-            why = " ".join(f"{type(error).__name__}: {error}".split())
-            yield Finding("training", f"does not import: {why}", _REINSTALL, True, USED)
+            yield Finding("training", f"does not import: {_why(error)}", _REINSTALL, True, USED)
 
 
 def examine() -> list[Finding]:

@@ -6,12 +6,14 @@ import resource
 import shutil
 import sys
 from importlib import metadata
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import megatron_deft
 from megatron_deft import doctor, ops
 from megatron_deft.cli import main
 from megatron_deft.doctor import PACKAGES, Finding, Package, examine, healthy, is_known, report
@@ -54,6 +56,36 @@ def test_without_the_extension_it_says_how_to_build_it(monkeypatch):
     finding = next(f for f in examine() if f.name == "megatron_deft._C")
     assert "pip install --no-build-isolation -e ." in finding.remedy
     assert healthy([finding])
+
+
+class Raising:
+    """An importer for which one module raises what no module should."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == self.name:
+            raise SystemError("built for torch 2.9,\nthis is another")
+
+
+def test_an_extension_may_raise_anything(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [Raising("megatron_deft._C"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "megatron_deft._C")
+    monkeypatch.delattr(megatron_deft, "_C")
+    again = module_from_spec(spec_from_file_location("native_again", native.__file__))
+    again.__spec__.loader.exec_module(again)
+    assert again.devices() == ()
+    said = "does not load (SystemError: built for torch 2.9, this is another); build it: pip"
+    assert said in again.missing("cpu")
+
+
+def test_what_the_operators_raise_is_reported(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", [Raising("megatron_deft.ops.native"), *sys.meta_path])
+    monkeypatch.delitem(sys.modules, "megatron_deft.ops.native")
+    monkeypatch.delattr(ops, "native")
+    finding = doctor._extension(gpu=False)
+    assert finding.found == "cannot be tried: SystemError: built for torch 2.9, this is another"
 
 
 def test_without_torch_it_still_reports(monkeypatch):
@@ -162,6 +194,20 @@ def test_the_versions_are_those_of_the_package():
     asked = dict(re.findall(r'"([\w-]+)(?:\[\w+\])?[>=]=([\d.]+)"', PYPROJECT.read_text()))
     for package in PACKAGES:
         assert package.oldest == asked.get(package.name), package.name
+
+
+def test_no_extra_brings_a_datasets_that_runs_scripts():
+    """lm-eval would do with 2.16, and its tasks ask to trust the code of their data sets."""
+    lists = dict(re.findall(r"^(\w+) = (\[.*\])", PYPROJECT.read_text(), re.MULTILINE))
+    extras = {name: json.loads(packages) for name, packages in lists.items()}
+    needing = [
+        name
+        for name, packages in extras.items()
+        if any(package.startswith(("datasets", "lm-eval")) for package in packages)
+    ]
+    assert needing == ["hub", "general"]
+    for name in needing:
+        assert "datasets>=4" in extras[name]
 
 
 def test_limits_of_the_machine(monkeypatch):

@@ -9,9 +9,9 @@ try:
     from megatron_deft import _C  # type: ignore[attr-defined]  # importing it registers the ops
 
     _problem = ""
-except ImportError as error:
+except Exception as error:  # one that was built for another torch may raise anything
     _C = None
-    _problem = str(error)
+    _problem = " ".join(f"{type(error).__name__}: {error}".split())
 
 REBUILD = "build it: pip install --no-build-isolation -e ."
 
