@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy
 import torch
 import torch.distributed as dist
+import yaml
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
@@ -30,10 +31,11 @@ from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import chunk_state
 from megatron_deft.training.data import on_rank_0
 from megatron_deft.training.exports import FOLDER as EXPORTS
+from megatron_deft.training.metrics import step_of
 from megatron_deft.training.optimizer import restore, sharded_state, steps
 from megatron_deft.training.restarts import Attempt
 
-METRICS = "metrics.jsonl"
+METRICS, CONFIG = "metrics.jsonl", "config.yaml"
 Found = TypeVar("Found")
 
 
@@ -161,7 +163,7 @@ def find(attempt: Attempt, asked: str) -> tuple[Path | None, list[str]]:
         if attempt.number == 1 and _from_rank_0(lambda: _mixes_runs(run_dir, folder)):
             raise UserError(
                 f"train.resume={resume} is of another run, and run_dir={run_dir} holds checkpoints "
-                "or metrics of its own: choose another run_dir"
+                "or metrics of its own: choose another run_dir, or go on there with --resume"
             )
         check(folder, "train.resume")
         return folder, []
@@ -206,7 +208,23 @@ def _mixes_runs(run_dir: Path, folder: Path) -> bool:
     """Whether going on from `folder` in run_dir would leave two runs in one folder."""
     if folder.resolve().parent == (run_dir / "checkpoints").resolve():
         return False
-    return bool(checkpoint_folder.candidates(run_dir)[0]) or _has_metrics(run_dir)
+    if checkpoint_folder.candidates(run_dir)[0]:
+        return True
+    return _has_metrics(run_dir) and not _began_at(run_dir, folder)
+
+
+def _began_at(run_dir: Path, folder: Path) -> bool:
+    """Whether a run without a checkpoint of its own went on from `folder`, too: what it logged
+    died with it, and the same command begins it again."""
+    try:
+        config = yaml.safe_load((run_dir / CONFIG).read_text(encoding="utf-8"))
+        begun = checkpoint_folder.resolve(config["train"]["resume"])
+        with open(run_dir / METRICS, encoding="utf-8", errors="replace") as lines:
+            first = step_of(next(lines))
+    except (OSError, UserError, ValueError, yaml.YAMLError, KeyError, TypeError):
+        return False
+    step: int = checkpoint_folder.read_manifest(folder)["step"]
+    return begun.resolve() == folder.resolve() and first > step
 
 
 def check(folder: Path, key: str) -> None:

@@ -170,12 +170,12 @@ def _drop_lines_after(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     with open(path, encoding="utf-8", errors="replace") as lines:
-        kept = [line for line in lines if _step_of(line) <= last_step]
+        kept = [line for line in lines if step_of(line) <= last_step]
     with atomic_write(path) as handle:
         handle.writelines(kept)
 
 
-def _step_of(line: str) -> float:
+def step_of(line: str) -> float:
     """The step of a line of metrics.jsonl, infinite for a torn one."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else math.inf

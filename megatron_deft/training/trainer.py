@@ -164,7 +164,7 @@ class Trainer:
             for note in checkpointing.clear_the_way(self.run_dir, self.position):
                 say(f"warning: {note}")
             self.attempt.begin()
-            with atomic_write(self.run_dir / "config.yaml") as handle:
+            with atomic_write(self.run_dir / checkpointing.CONFIG) as handle:
                 handle.write(dump_yaml(cfg))
             if self.position.step:
                 self.exports.resumed(self.files.parent, is_last=False)

@@ -185,10 +185,12 @@ def refused(rank: int, world: int, cfg: RunConfig) -> str:
 
 
 def refused_then_train(rank: int, world: int, cfgs: list[RunConfig], stray: Path) -> list[str]:
-    """What is said of the runs; the first then goes on without the stray file."""
+    """What is said of the runs; they then go on without the stray file."""
     said = [refused(rank, world, cfg) for cfg in cfgs]
     stray.unlink(missing_ok=True)
     run(cfgs[0])
+    for _ in range(2):  # the first time leaves metrics and no checkpoint, as one that died does
+        run(cfgs[1])
     return said
 
 
@@ -213,10 +215,13 @@ def test_runs_that_would_overwrite_or_cannot_resume_are_refused(base: Path, tmp_
     for name in ("hf/.nfs0001", "hf/.DS_Store", "state/.nfs0002"):
         (checkpoint / name).touch()
     more = config(base, run_dir, **model, **{"train.steps": 2, "train.resume": "auto"})
-    named = config(base, tmp_path / "by name", **model, **{"train.resume": checkpoint})
+    named = config(
+        base, tmp_path / "by name", **model, **{"train.steps": 2, "train.resume": checkpoint}
+    )
     for said in run_ranks(2, refused_then_train, [more, named], stray):
         assert all(f"{stray} was put there after the folder was written" in line for line in said)
     assert [line["step"] for line in metrics(run_dir)] == [1, 2]
+    assert [line["step"] for line in metrics(tmp_path / "by name")] == [2]
     none = config(base, tmp_path / "none", **{"train.resume": "must"})
     assert "holds no whole checkpoint" in run_ranks(2, refused, none)[1]
     bare = config(base, tmp_path / "bare", **{"train.steps": 1})
