@@ -40,6 +40,7 @@ _HEADER = struct.Struct("<9sQBQQ")
 _CODES = {"uint16": 8, "int32": 4}
 _UINT16_VOCABULARY = 65500  # megatron-core's own bound in DType.optimal_dtype
 _UNKNOWN = 1 << 32  # a vocabulary that no id is beyond
+_UNSIGNED = {width: np.dtype(f"u{width}") for width in (1, 2, 4, 8)}  # megatron-core's widths
 _BLOCK = 1 << 20  # samples
 
 
@@ -145,11 +146,16 @@ class _Values:
         width = self._dtype.itemsize
         try:
             data = os.pread(self._file.fileno(), count * width, start * width)
-        except OSError as error:  # a bad disk
-            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        except OSError as error:
+            raise _named(error, self._path) from None
         if len(data) != count * width:
             raise _damaged(self._path, "it became shorter")
         return np.frombuffer(data, self._dtype)
+
+
+def _named(error: OSError, path: Path) -> OSError:
+    """The error with the file's name, which that of a disk that fails has not."""
+    return OSError(error.errno, error.strerror, str(path))
 
 
 def largest_id(tokens: NDArray[Any]) -> int:
@@ -157,7 +163,7 @@ def largest_id(tokens: NDArray[Any]) -> int:
 
     One that a model has no embedding for would end the run within a kernel.
     """
-    return int(tokens.view(f"u{tokens.dtype.itemsize}").max(initial=0))
+    return int(np.maximum.reduce(tokens.view(_UNSIGNED[tokens.itemsize]), initial=0))
 
 
 def damaged_files(data: TokenSet, checksums: bool = False) -> list[str]:
@@ -170,10 +176,13 @@ def damaged_files(data: TokenSet, checksums: bool = False) -> list[str]:
 
     def is_same(name: str, made: dict[str, Any]) -> bool:
         path = data.path / name
-        if checksums or name == INDEX:
-            return hash_file(path) == made
-        known = made["xxh3_128"] if made["bytes"] <= PIECE * PIECES else pieces.get(name)
-        return known in (None, hash_pieces(path))
+        try:
+            if checksums or name == INDEX:
+                return hash_file(path) == made
+            known = made["xxh3_128"] if made["bytes"] <= PIECE * PIECES else pieces.get(name)
+            return known in (None, hash_pieces(path))
+        except OSError as error:
+            raise _named(error, path) from None
 
     return [name for name, made in data.manifest["files"].items() if not is_same(name, made)]
 

@@ -1,6 +1,8 @@
 """Sets on disk: megatron-core reads them, opening maps them, damage and mix-ups are told."""
 
+import errno
 import json
+import os
 import pickle
 import re
 import shutil
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_deft.data import indexed
 from megatron_deft.data.indexed import (
     Block,
     TokenSet,
@@ -250,6 +253,20 @@ def test_a_token_that_no_tokenizer_has_is_told(tmp_path: Path, dtype: str, wrong
     message = f"{path} is damaged: sample 2 holds token {wrong % 2**32}, its tokenizer has "
     with pytest.raises(UserError, match=re.escape(message)):
         data[2]
+
+
+def test_a_disk_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = open_set(make(tmp_path / "set"))
+
+    def fail(*_: object) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    monkeypatch.setattr(indexed, "hash_pieces", fail)
+    for look in (lambda: data[0], lambda: damaged_files(data)):
+        with pytest.raises(OSError, match="Input/output error") as error:
+            look()
+        assert error.value.filename == str(tmp_path / "set" / "tokens.bin")
 
 
 def test_a_sample_out_of_bounds_is_told(tmp_path: Path) -> None:
