@@ -2,12 +2,17 @@
 
 Model FLOPs are what the model needs, not what was run: the backward pass counts twice the forward,
 recomputation nothing, padding nothing, a token of a mixture of experts the experts it goes to, and
-attention the keys that each token may see, within its document, above the diagonal none.
+attention the keys that each token may see, within its document, above the diagonal none. A weight
+that adapters freeze has no gradient, and what comes before the first of them no backward pass.
 """
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.families import ModelSpec
 
 # Dense bf16 TFLOP/s of one device by NVIDIA's data sheets, by what torch calls it; the first name
@@ -48,27 +53,72 @@ def visible_pairs(lengths: NDArray[np.int64], window: int | None = None) -> floa
     return float((short * (short + 1) / 2 + (full - short) * window).sum())
 
 
-def model_flops(spec: ModelSpec, lengths: NDArray[np.int64], head_tokens: float) -> float:
+SCORES = "scores"  # of attention: both factors depend on the input, and neither is a weight
+
+
+class Product(NamedTuple):
+    """What is multiplied by [inputs, outputs] in a layer: so many rows."""
+
+    name: str
+    rows: float
+    inputs: int
+    outputs: int
+
+
+def _of_layer(spec: ModelSpec, layer: int, tokens: float, pairs: float) -> Iterator[Product]:
+    """The products of one layer, in its order."""
+    hidden, heads, size = spec.hidden_size, spec.num_attention_heads, spec.head_dim
+    yield Product("linear_qkv", tokens, hidden, size * (heads + 2 * spec.num_query_groups))
+    yield Product(SCORES, pairs, size, 2 * heads)  # query . key, weight . value
+    yield Product("linear_proj", tokens, size * heads, hidden)
+    inner, rows = spec.ffn_hidden_size, tokens
+    if layer in spec.expert_layers:
+        yield Product("router", tokens, hidden, spec.experts)
+        inner, rows = spec.expert_ffn_hidden_size, tokens * spec.experts_per_token
+    yield Product("linear_fc1", rows, hidden, 2 * inner)  # gate, up
+    yield Product("linear_fc2", rows, inner, hidden)
+
+
+def _of_model(
+    spec: ModelSpec, lengths: NDArray[np.int64], head_tokens: float, mtp_layers: int
+) -> Iterator[Product]:
+    tokens, last = float(lengths.sum()), spec.num_layers - 1
+    pairs = {window: visible_pairs(lengths, window) for window in set(spec.windows)}
+    for number in range(spec.num_layers + mtp_layers):
+        if number > last:
+            yield Product("eh_proj", tokens, 2 * spec.hidden_size, spec.hidden_size)
+        layer = min(number, last)
+        yield from _of_layer(spec, layer, tokens, pairs[spec.windows[layer]])
+    yield Product("output_layer", head_tokens * (1 + mtp_layers), spec.hidden_size, spec.vocab_size)
+
+
+def model_flops(
+    spec: ModelSpec,
+    lengths: NDArray[np.int64],
+    head_tokens: float,
+    adapters: Adapters | None = None,
+    mtp_layers: int = 0,
+) -> float:
     """FLOPs of a forward and backward pass over documents of `lengths` positions.
 
-    head_tokens: how many tokens go through the output layer
+    Backward a product is computed again for the gradient of its input, if anything before it is
+    trained, and once more for that of its weight, if that is.
+
+    head_tokens: how many tokens go through the output layer for the model, and for each head of
+                 multi-token prediction (whose labels are at most one fewer a document and head)
+    adapters:    what alone is trained; None: every weight is
+    mtp_layers:  those heads, each a projection of two hidden states to one and a layer like the
+                 model's last
     """
-    hidden, heads, size = spec.hidden_size, spec.num_attention_heads, spec.head_dim
-    attention = hidden * size * (2 * heads + 2 * spec.num_query_groups)  # q, out, k, v
-    mlp = 3 * hidden * spec.ffn_hidden_size  # gate, up, down
-    chosen = 3 * hidden * spec.expert_ffn_hidden_size * spec.experts_per_token
-    sparse = len(spec.expert_layers)
-    weights = (
-        spec.num_layers * attention
-        + (spec.num_layers - sparse) * mlp
-        + sparse * (chosen + hidden * spec.experts)  # the router's scores
-    )
-    tokens = float(lengths.sum())
-    pairs = {window: visible_pairs(lengths, window) for window in set(spec.windows)}
-    seen = sum(pairs[window] for window in spec.windows)
-    products = weights * tokens + hidden * spec.vocab_size * head_tokens
-    products += 2 * heads * size * seen  # query . key, weight . value
-    return 3 * 2 * products  # backward: by inputs and by weights; a multiplication and an addition
+    flows = adapters is None  # a gradient, to the input: the embedding is trained
+    total = 0.0
+    for name, rows, inputs, outputs in _of_model(spec, lengths, head_tokens, mtp_layers):
+        is_trained = flows if name == SCORES else adapters is None
+        total += rows * inputs * outputs * (1 + flows + is_trained)
+        if adapters is not None and name in adapters.targets:
+            total += rows * adapters.rank * (inputs * (2 + flows) + outputs * 3)  # A, B
+            flows = True
+    return 2 * total  # a multiplication and an addition
 
 
 def throughput(
@@ -78,6 +128,8 @@ def throughput(
     seconds: float,
     devices: int,
     peak: float | None,
+    adapters: Adapters | None = None,
+    mtp_layers: int = 0,
 ) -> dict[str, float]:
     """What a step over documents of `lengths` positions did each second.
 
@@ -89,13 +141,16 @@ def throughput(
     mfu, kept_mfu:          those over the device's peak, where it is known
     """
     tokens = float(lengths.sum())
-    scale = 1e-12 / (seconds * devices)
+    every, kept = (
+        model_flops(spec, lengths, through_head, adapters, mtp_layers) * 1e-12 / seconds / devices
+        for through_head in (tokens, kept_tokens)
+    )
     values = {
         "tokens_per_second": tokens / seconds,
         "kept_tokens_per_second": kept_tokens / seconds,
-        "tflops": model_flops(spec, lengths, tokens) * scale,
-        "kept_tflops": model_flops(spec, lengths, kept_tokens) * scale,
+        "tflops": every,
+        "kept_tflops": kept,
     }
     if peak is not None:
-        values |= {"mfu": values["tflops"] / peak, "kept_mfu": values["kept_tflops"] / peak}
+        values |= {"mfu": every / peak, "kept_mfu": kept / peak}
     return values

@@ -291,7 +291,7 @@ class Trainer:
         }
         return metrics | measured | throughput(
             self.spec, work.lengths, metrics["kept_tokens"], measured["step_seconds"],
-            dist.get_world_size(), self.peak,
+            dist.get_world_size(), self.peak, adapters.adapters_of(cfg), heads,
         )  # fmt: skip
 
     def _has_landscape(self, step: int) -> bool:

@@ -4,15 +4,20 @@ import time
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3MoeConfig
 
-from megatron_deft.models.families import spec_from_hf
+from megatron_deft.convert.ours import single_process
+from megatron_deft.models.adapters import TARGETS, Adapters
+from megatron_deft.models.families import ModelSpec, spec_from_hf
 from megatron_deft.training import clock
+from megatron_deft.training.base import read_base
 from megatron_deft.training.clock import Clock
 from megatron_deft.training.throughput import (
     model_flops,
@@ -46,10 +51,64 @@ def test_model_flops_are_those_that_torch_counts(name: str) -> None:
     tokens = torch.randint(300, (1, LENGTH))
     with FlopCounterMode(display=False) as counter:
         model(tokens).logits.sum().backward()
-    above = LENGTH * LENGTH - visible_pairs(np.array([LENGTH]))
-    masked = 12 * spec.num_layers * spec.num_attention_heads * spec.head_dim * above
+    masked = 3 * spec.num_layers * flops_above_the_diagonal(spec)
     ours = model_flops(spec, np.array([LENGTH]), LENGTH)
     assert ours + masked == counter.get_total_flops()
+
+
+def flops_above_the_diagonal(spec: ModelSpec) -> float:
+    """Of one layer's forward."""
+    above = LENGTH * LENGTH - visible_pairs(np.array([LENGTH]))
+    return 4 * spec.num_attention_heads * spec.head_dim * above
+
+
+# Targets; passes of the 4 layers' attention, and routers with a backward pass: of what comes before
+# the first adapter there is none. megatron-core makes the routers' own gradients, though frozen.
+ADAPTED = [
+    (TARGETS, 12, 3),
+    (("linear_qkv",), 12, 3),
+    (("linear_proj",), 10, 3),
+    (("linear_fc2",), 10, 2),
+]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("targets", "scores", "routers"), ADAPTED)
+def test_frozen_weights_have_no_gradient_and_adapters_their_products(
+    name: str, targets: tuple[str, ...], scores: int, routers: int
+) -> None:
+    spec, adapters = spec_from_hf(MODELS[name].to_dict()), Adapters(5, 1.0, False, 0.0, targets)
+    ours = model_flops(spec, np.array([LENGTH]), LENGTH, adapters)
+    unneeded = scores * flops_above_the_diagonal(spec)
+    unneeded += routers * 2 * LENGTH * spec.hidden_size * spec.experts
+    assert ours + unneeded == flops_of_our_model(spec, adapters, 0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_prediction_heads_have_a_projection_a_layer_and_the_output_layer(name: str) -> None:
+    spec = spec_from_hf(MODELS[name].to_dict())
+    for heads in (0, 2):
+        ours = model_flops(spec, np.array([LENGTH]), LENGTH, None, heads)
+        masked = 3 * (spec.num_layers + heads) * flops_above_the_diagonal(spec)
+        assert ours + masked == flops_of_our_model(spec, None, heads)
+
+
+def flops_of_our_model(spec: ModelSpec, adapters: Adapters | None, heads: int) -> int:
+    """Forward and backward of what a run trains, the whole table of scores included."""
+    with single_process():
+        from megatron_deft.loss.attach import attach
+        from megatron_deft.models.build import build_model, transformer_config
+        from megatron_deft.models.lora import train_adapters_alone
+
+        config = transformer_config(spec, mtp_layers=heads)
+        model: Any = build_model(spec, config, vocab_pad_multiple=1, adapters=adapters)
+        if adapters is not None:
+            train_adapters_alone(model, seed=1)
+        attach(model, "nll", vocab_size=spec.vocab_size)
+        tokens, places = torch.randint(300, (1, LENGTH)), torch.arange(LENGTH)[None]
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(tokens, places, None, labels=tokens).sum().backward()
+    return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 50])
@@ -81,6 +140,11 @@ def test_throughput() -> None:
     assert got["kept_tflops"] == pytest.approx(model_flops(spec, lengths, 6) / 8e12)
     assert got["mfu"] == pytest.approx(got["tflops"] * 1e6)
     assert got["kept_mfu"] < got["mfu"]
+    adapters = Adapters(2, 4.0, False, 0.0, TARGETS)
+    for special in ({"adapters": adapters}, {"mtp_layers": 2}):
+        other = throughput(spec, lengths, 6, 2.0, 4, None, **special)
+        assert other["tflops"] == pytest.approx(model_flops(spec, lengths, 30, **special) / 8e12)
+        assert other["tflops"] != pytest.approx(got["tflops"], rel=0.1)
     assert "mfu" not in throughput(spec, lengths, 6, 2.0, 4, None)
 
 
@@ -120,15 +184,30 @@ def test_a_clock_adds_up_its_parts(ticking: None) -> None:
     assert dict(watch.read()) == {}
 
 
-def test_parts_of_a_step_are_within_it(base: Path, tmp_path: Path) -> None:
-    """Over two stages: rank 0, which writes the metrics, has no loss of its own."""
+RUNS: dict[str, tuple[dict[str, Any], int]] = {  # keys; passes of the output layer
+    "whole": ({}, 3),
+    "adapters": ({"lora.rank": 2}, 2),
+    "heads": ({"model.mtp_layers": 2}, 3 * (1 + 2)),
+}
+
+
+@pytest.fixture(scope="module")
+def lines(base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    """Metrics of RUNS over two stages: rank 0, which writes them, has no loss of its own."""
+    root = tmp_path_factory.mktemp("runs")
     keys = {"parallel.pipeline": 2, "train.steps": 2, "monitor.peak_tflops": 0.5}
     keys["data.val_files"] = f"[{base / 'val.jsonl'}]"
-    run_ranks(2, train_all, [config(base, tmp_path / "run", **keys)])
-    for line in metrics(tmp_path / "run"):
+    configs = [config(base, root / name, **keys, **own) for name, (own, _) in RUNS.items()]
+    run_ranks(2, train_all, configs)
+    return {name: metrics(root / name) for name in RUNS}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_parts_of_a_step_are_within_it(lines: dict[str, list[dict[str, Any]]], name: str) -> None:
+    for line in lines[name]:
         step, compute = line["step_seconds"], line["forward_backward_seconds"]
         rest = ("data", "optimizer", "communication", "reduction", "loss")
-        assert all(0 < line[f"{name}_seconds"] < step for name in rest)
+        assert all(0 < line[f"{part}_seconds"] < step for part in rest)
         assert line["loss_seconds"] < compute < step
         assert line["reduction_seconds"] < line["communication_seconds"]
         assert line["peak_memory_gb"] > 0.01
@@ -136,3 +215,17 @@ def test_parts_of_a_step_are_within_it(base: Path, tmp_path: Path) -> None:
         assert line["kept_mfu"] == pytest.approx(line["kept_tflops"] / 0.5)
         assert line["tokens_per_second"] == pytest.approx(line["tokens"] / step)
         assert line["kept_tokens_per_second"] == pytest.approx(line["kept_tokens"] / step)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_counts_what_it_trains(
+    base: Path, lines: dict[str, list[dict[str, Any]]], name: str
+) -> None:
+    """By the output layer, through which the dropped tokens go in tflops alone."""
+    spec, passes = read_base(config(base, base / "run").model).spec, RUNS[name][1]
+    for line in lines[name]:
+        dropped = line["tokens"] - line["kept_tokens"]
+        assert dropped > 0
+        flops = 2 * passes * spec.hidden_size * spec.vocab_size * dropped
+        found = (line["tflops"] - line["kept_tflops"]) * 1e12 * line["step_seconds"] * 2
+        assert found == pytest.approx(flops)
