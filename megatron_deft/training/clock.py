@@ -116,11 +116,11 @@ class Reading(dict[str, float]):
 def time_head(chunks: Sequence[Any], clock: Clock) -> None:
     """Time the output layer with the loss, whichever way they are computed: HEAD.
 
-    From the decoder's end to the loss, and from the loss's gradient to that of the decoder's
-    output. Between them lie the heads of multi-token prediction too.
+    From the end of the layers, those of multi-token prediction included, to the loss; and from the
+    loss's gradient to that of what the layers put out.
     """
 
-    def decoder_done(module: Any, inputs: Any, hidden: Any) -> None:
+    def layers_done(module: Any, inputs: Any, hidden: Any) -> None:
         clock.start(HEAD[0])
         if isinstance(hidden, Tensor) and hidden.requires_grad:
             hidden.register_hook(lambda _: clock.stop(HEAD[1]))
@@ -132,7 +132,8 @@ def time_head(chunks: Sequence[Any], clock: Clock) -> None:
 
     for chunk in chunks:
         if chunk.post_process:
-            chunk.decoder.register_forward_hook(decoder_done)
+            layers = chunk.mtp if chunk.mtp_process else chunk.decoder
+            layers.register_forward_hook(layers_done)
             chunk.register_forward_hook(loss_done)
 
 
@@ -149,7 +150,8 @@ def measurements(reading: Reading) -> dict[str, float]:
     step_seconds:             all of it, with `data_seconds`, what it waited for data
     forward_backward_seconds: computing the micro-batches; what tensor, context and expert ranks
                               exchange within a layer is part of it, and is not told apart
-    loss_seconds:             of those, output layer and loss, forward and backward
+    loss_seconds:             of those, output layer and loss, forward and backward, prediction
+                              heads' too
     optimizer_seconds:        clipping, update
     communication_seconds:    all else of the schedule, waits for other pipeline stages above all,
                               the gradients' reduction, and the gathering of updated parameters

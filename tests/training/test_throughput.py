@@ -18,7 +18,7 @@ from megatron_deft.models.adapters import TARGETS, Adapters
 from megatron_deft.models.families import ModelSpec, spec_from_hf
 from megatron_deft.training import clock
 from megatron_deft.training.base import read_base
-from megatron_deft.training.clock import Clock
+from megatron_deft.training.clock import Clock, Reading, measurements, time_head
 from megatron_deft.training.throughput import (
     model_flops,
     peak_tflops,
@@ -27,6 +27,7 @@ from megatron_deft.training.throughput import (
 )
 from tests.convert.tiny_models import COMMON
 from tests.distributed import run_ranks
+from tests.training.clock_ranks import step_with_a_late_stage
 from tests.training.ranks import config, metrics, train_all
 
 SHAPE = {**COMMON, "vocab_size": 300, "num_key_value_heads": 2}
@@ -182,6 +183,85 @@ def test_a_clock_adds_up_its_parts(ticking: None) -> None:
     watch.restart()
     watch.stop("still runs")
     assert dict(watch.read()) == {}
+
+
+def test_loss_seconds_are_of_the_output_layer_and_the_loss() -> None:
+    """Forward and backward; the layers of prediction heads are none of it."""
+    forward, backward = clock.HEAD
+    assert what_happens(heads=0) == [
+        "decoder", f"start {forward}", "output", f"stop {forward}",
+        f"start {backward}", "output gradient", f"stop {backward}", "decoder gradient",
+    ]  # fmt: skip
+    assert what_happens(heads=2) == [
+        "decoder", "heads", f"start {forward}", "output", "output", "output", f"stop {forward}",
+        f"start {backward}", "output gradient", f"stop {backward}",
+        "heads gradient", "decoder gradient",
+    ]  # fmt: skip
+
+
+class ListClock(Clock):
+    """Writes down when it is started and stopped."""
+
+    def __init__(self, events: list[str]) -> None:
+        super().__init__()
+        self.events = events
+
+    def start(self, name: str) -> None:
+        self.events.append(f"start {name}")
+
+    def stop(self, name: str) -> None:
+        self.events.append(f"stop {name}")
+
+
+def what_happens(heads: int) -> list[str]:
+    """In a forward and backward pass: ends of modules, and the gradients of their weights."""
+    events: list[str] = []
+    spec = spec_from_hf(MODELS["grouped queries"].to_dict())
+    with single_process():
+        from megatron_deft.loss.attach import attach
+        from megatron_deft.models.build import build_model, transformer_config
+
+        config = transformer_config(spec, mtp_layers=heads)
+        model: Any = build_model(spec, config, vocab_pad_multiple=1)
+        attach(model, "nll", vocab_size=spec.vocab_size)
+        parts = {"decoder": model.decoder, "output": model.output_layer}
+        last = {"decoder": model.decoder.final_layernorm, "output": model.output_layer}
+        if heads:
+            parts["heads"], last["heads"] = model.mtp, model.mtp.layers[-1].final_layernorm
+        for name, part in parts.items():
+            part.register_forward_hook(lambda *_, name=name: events.append(name))
+            last[name].weight.register_hook(lambda _, name=name: events.append(f"{name} gradient"))
+        time_head([model], ListClock(events))
+        tokens, places = torch.randint(300, (1, LENGTH)), torch.arange(LENGTH)[None]
+        model(tokens, places, None, labels=tokens).sum().backward()
+    return events
+
+
+def test_measurements_add_up_their_parts() -> None:
+    parts = {
+        clock.STEP: 100.0, clock.DATA: 1.0, clock.SCHEDULE: 80.0,
+        "forward-compute": 20.0, "backward-compute": 30.0,
+        "head-forward": 4.0, "head-backward": 6.0,
+        clock.OPTIMIZER: 15.0, clock.GATHER: 7.0,
+        "all-grads-sync": 2.0, "embedding-grads-all-reduce": 3.0,
+    }  # fmt: skip
+    with single_process():
+        found = measurements(Reading(parts))
+    assert found.pop("peak_memory_gb") > 0
+    assert found == {
+        "step_seconds": 100, "data_seconds": 1, "forward_backward_seconds": 50, "loss_seconds": 10,
+        "optimizer_seconds": 15 - 7, "communication_seconds": 80 - 50 + 7, "reduction_seconds": 5,
+    }  # fmt: skip
+
+
+def test_waiting_for_another_stage_is_communication(base: Path, tmp_path: Path) -> None:
+    """With a single micro-batch the first stage has nothing else to do while the last sleeps."""
+    keys = {"parallel.pipeline": 2, "train.steps": 1, "train.micro_batch": 8}
+    late = 1.0
+    cfg = config(base, tmp_path / "run", **keys)
+    for line in run_ranks(2, step_with_a_late_stage, cfg, late):
+        assert line["communication_seconds"] >= late
+        assert line["forward_backward_seconds"] >= late
 
 
 RUNS: dict[str, tuple[dict[str, Any], int]] = {  # keys; passes of the output layer
