@@ -44,13 +44,18 @@ def of_weight(weight: Parameter, rank: int, spec: ModelSpec) -> tuple[Parameter,
     )
 
 
-def numbers(spec: ModelSpec, adapters: Adapters | None) -> tuple[int, int]:
-    """How many numbers are trained, and how many the base has."""
-    shapes = {p.megatron: mapping.megatron_shape(p, spec) for p in mapping.parameters(spec)}
-    base = sum(map(prod, shapes.values()))
+def numbers(spec: ModelSpec, adapters: Adapters | None, mtp_layers: int = 0) -> tuple[int, int]:
+    """How many numbers are trained, and how many the model has, adapters not counted.
+
+    mtp_layers: heads of multi-token prediction, which models/heads.py describes
+    """
+    shapes = {p: mapping.megatron_shape(p, spec) for p in mapping.parameters(spec)}
+    last = sum(prod(shape) for p, shape in shapes.items() if p.layer == spec.num_layers - 1)
+    head = 2 * spec.hidden_size**2 + 3 * spec.hidden_size + last  # projection, norms, layer
+    base = sum(map(prod, shapes.values())) + mtp_layers * head
     if adapters is None:
         return base, base
-    adapted = (shape for name, shape in shapes.items() if adapters.has(name))
+    adapted = (shape for p, shape in shapes.items() if adapters.has(p.megatron))
     return sum(adapters.rank * sum(shape) for shape in adapted), base
 
 

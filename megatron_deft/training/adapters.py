@@ -84,9 +84,10 @@ def _spell(value: Any) -> str:
     return ", ".join(value) if isinstance(value, list) else str(value)
 
 
-def trained_numbers(spec: ModelSpec, adapters: Adapters | None) -> str:
-    """`trains 1.2M of 1.2B parameters (0.1%)`."""
-    trained, base = numbers(spec, adapters)
+def trained_numbers(cfg: RunConfig, spec: ModelSpec) -> str:
+    """`trains 1.2M of 1.2B parameters (0.1%)`, heads of multi-token prediction among them."""
+    adapters = adapters_of(cfg)
+    trained, base = numbers(spec, adapters, cfg.model.mtp_layers)
     share = f" ({trained / base:.2%}): adapters of rank {adapters.rank}" if adapters else ""
     return f"trains {_short(trained)} of {_short(base)} parameters{share}"
 

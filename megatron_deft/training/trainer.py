@@ -172,7 +172,7 @@ class Trainer:
             f"training with {self.attachment.objective.spec}, reduction {cfg.reduction}: steps "
             f"{self.position.step + 1} to {total}, {cfg.train.global_batch} samples each"
         )
-        say(adapters.trained_numbers(self.spec, adapters.adapters_of(cfg)))
+        say(adapters.trained_numbers(cfg, self.spec))
         say(f"loss from {path_of_loss(self.attachment, self.model)}")
         if self.peak is not None:
             say(f"mfu: of {self.peak:g} TFLOP/s for each {device_name()}")

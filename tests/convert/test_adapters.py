@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.cli import main
+from megatron_deft.convert.adapters import numbers
 from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.convert.inspect import describe, inspect
 from megatron_deft.convert.nemo import export_nemo
@@ -17,7 +18,8 @@ from megatron_deft.convert.ours import single_process
 from megatron_deft.convert.peft import export_peft
 from megatron_deft.convert.state import load_model
 from megatron_deft.errors import UserError
-from megatron_deft.models.adapters import adapters_alone
+from megatron_deft.models.adapters import adapters_alone, is_adapter
+from megatron_deft.models.families import spec_from_hf
 from tests.convert.adapters import ADAPTERS, Made, make_adapters
 from tests.convert.tiny_models import CONFIGS, assert_same_tensors, logits, make, tensors
 
@@ -118,6 +120,24 @@ def test_peft_gets_every_module_its_pair(made: dict[str, Made], case: str, tmp_p
     assert (config["use_rslora"], config["base_model_name_or_path"]) == (True, "owner/base")
     assert config["target_modules"] == sorted({m.rpartition(".")[2] for m in made[case].pairs})
     assert "base_model_relation: adapter" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("case", [*DENSE, EXPERTS])
+def test_numbers_are_those_of_the_modules(case: str) -> None:
+    spec = spec_from_hf(CONFIGS[case].to_dict())
+    with single_process():
+        from megatron_deft.models.build import build_model, transformer_config
+        from megatron_deft.models.lora import train_adapters_alone
+
+        for adapters, heads in ((None, 0), (None, 2), (ADAPTERS, 0)):
+            config = transformer_config(spec, mtp_layers=heads)
+            model = build_model(spec, config, vocab_pad_multiple=1, adapters=adapters)
+            if adapters is not None:
+                train_adapters_alone(model, seed=1)
+            named = list(model.named_parameters())
+            trained = sum(p.numel() for _, p in named if p.requires_grad)
+            whole = sum(p.numel() for name, p in named if not is_adapter(name))
+            assert numbers(spec, adapters, heads) == (trained, whole)
 
 
 def test_the_command_line(

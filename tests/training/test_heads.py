@@ -32,7 +32,9 @@ def test_heads_are_new_once_and_then_come_along(
 
     first = at("first", **{"model.mtp_layers": 2})
     new = f"2 of 2 heads of multi-token prediction are new: model.load={base / 'megatron'} has none"
-    assert new in hear(first)
+    said = hear(first)
+    assert new in said
+    assert "\ntrains 85.3k of 85.3k parameters\n" in said
     again = {"model.load": tmp_path / "first", "model.mtp_layers": 2}
     assert "multi-token" not in hear(at("again", **again))
     states = [state(step_folder(tmp_path / name, 1)) for name in ("first", "again")]
