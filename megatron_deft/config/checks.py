@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from megatron_deft.config.stages import COUNTED, GIVEN, check_stages, divisors
@@ -45,6 +46,9 @@ class ModelShape(Protocol):
     @property
     def context_length(self) -> int:
         """Positions the model is made for."""
+
+    def matrices(self, layer: int) -> Iterable[tuple[str, int, int, int]]:
+        """Name, inputs and outputs of its matrices, and how many such a token meets."""
 
 
 def validate(cfg: RunConfig, world_size: int, spec: ModelShape | None) -> None:
@@ -268,10 +272,30 @@ def _check_model(cfg: RunConfig, spec: ModelShape) -> None:
                 f"parallel.{name}={parts}: must divide the model's {size} {what}: {divisors(size)}"
             )
     _check_recomputation(cfg, spec)
+    _check_adapters(cfg, spec)
     if cfg.data.max_length > spec.context_length:
         raise UserError(
             f"data.max_length={cfg.data.max_length}: must be <= the model's "
             f"context of {spec.context_length} positions"
+        )
+
+
+def _check_adapters(cfg: RunConfig, spec: ModelShape) -> None:
+    rank = cfg.lora.rank
+    if rank is None:
+        return
+    side, name = min(
+        (min(inputs, outputs), name)
+        for layer in range(spec.num_layers)
+        for name, inputs, outputs, _ in spec.matrices(layer)
+        if name in cfg.lora.targets
+    )
+    # peft takes any rank
+    if rank > side:
+        raise UserError(
+            f"lora.rank={rank}: must be <= {side}, the shorter side of {name}: its adapter would "
+            "hold more numbers than the matrix itself; lower it, name other lora.targets, or set "
+            "lora.rank=null to train every weight"
         )
 
 

@@ -57,7 +57,7 @@ SCORES = "scores"  # of attention: both factors depend on the input, and neither
 
 
 class Product(NamedTuple):
-    """What is multiplied by [inputs, outputs] in a layer: so many rows."""
+    """So many rows are multiplied by [inputs, outputs]."""
 
     name: str
     rows: float
@@ -65,30 +65,21 @@ class Product(NamedTuple):
     outputs: int
 
 
-def _of_layer(spec: ModelSpec, layer: int, tokens: float, pairs: float) -> Iterator[Product]:
-    """The products of one layer, in its order."""
-    hidden, heads, size = spec.hidden_size, spec.num_attention_heads, spec.head_dim
-    yield Product("linear_qkv", tokens, hidden, size * (heads + 2 * spec.num_query_groups))
-    yield Product(SCORES, pairs, size, 2 * heads)  # query . key, weight . value
-    yield Product("linear_proj", tokens, size * heads, hidden)
-    inner, rows = spec.ffn_hidden_size, tokens
-    if layer in spec.expert_layers:
-        yield Product("router", tokens, hidden, spec.experts)
-        inner, rows = spec.expert_ffn_hidden_size, tokens * spec.experts_per_token
-    yield Product("linear_fc1", rows, hidden, 2 * inner)  # gate, up
-    yield Product("linear_fc2", rows, inner, hidden)
-
-
-def _of_model(
+def _products(
     spec: ModelSpec, lengths: NDArray[np.int64], head_tokens: float, mtp_layers: int
 ) -> Iterator[Product]:
+    """Those of a forward pass, in its order."""
     tokens, last = float(lengths.sum()), spec.num_layers - 1
     pairs = {window: visible_pairs(lengths, window) for window in set(spec.windows)}
     for number in range(spec.num_layers + mtp_layers):
         if number > last:
             yield Product("eh_proj", tokens, 2 * spec.hidden_size, spec.hidden_size)
         layer = min(number, last)
-        yield from _of_layer(spec, layer, tokens, pairs[spec.windows[layer]])
+        for name, inputs, outputs, times in spec.matrices(layer):
+            yield Product(name, tokens * times, inputs, outputs)
+            if name == "linear_qkv":  # query . key, weight . value
+                seen, width = pairs[spec.windows[layer]], 2 * spec.num_attention_heads
+                yield Product(SCORES, seen, spec.head_dim, width)
     yield Product("output_layer", head_tokens * (1 + mtp_layers), spec.hidden_size, spec.vocab_size)
 
 
@@ -112,7 +103,7 @@ def model_flops(
     """
     flows = adapters is None  # a gradient, to the input: the embedding is trained
     total = 0.0
-    for name, rows, inputs, outputs in _of_model(spec, lengths, head_tokens, mtp_layers):
+    for name, rows, inputs, outputs in _products(spec, lengths, head_tokens, mtp_layers):
         is_trained = flows if name == SCORES else adapters is None
         total += rows * inputs * outputs * (1 + flows + is_trained)
         if adapters is not None and name in adapters.targets:

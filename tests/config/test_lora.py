@@ -4,6 +4,7 @@ import pytest
 
 from megatron_deft.config import LoraConfig, ParallelConfig, RunConfig, load_config
 from megatron_deft.errors import UserError
+from megatron_deft.models.families import spec_from_hf
 
 ALL = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 
@@ -52,6 +53,33 @@ def test_dropout_with_context_parallel_ranks(minimal):
     config = load_config(minimal, ["lora.rank=4", "lora.dropout=0.1", "parallel.context=2"])
     with pytest.raises(UserError, match=r"lora\.dropout=0\.1 with parallel\.context=2.*set it to"):
         config.validate(2, None)
+
+
+MIXED = {
+    "model_type": "qwen3_moe", "vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6, "intermediate_size": 20,
+    "moe_intermediate_size": 12, "num_experts": 4, "num_experts_per_tok": 2,
+    "mlp_only_layers": [1], "max_position_embeddings": 4096,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("targets", "side", "name"),
+    [
+        ("all-linear", 12, "linear_fc2"),
+        ("[linear_fc1, linear_qkv]", 24, "linear_fc1"),
+        ("linear_qkv", 32, "linear_qkv"),
+        ("o_proj", 24, "linear_proj"),
+    ],
+)
+def test_a_rank_beyond_the_shorter_side_of_a_matrix(minimal, targets, side, name):
+    spec, keys = spec_from_hf(MIXED), [f"lora.targets={targets}", "data.max_length=64"]
+    load_config(minimal, [*keys, f"lora.rank={side}"]).validate(1, spec)
+    beyond = load_config(minimal, [*keys, f"lora.rank={side + 1}"])
+    beyond.validate(1, None)
+    named = rf"lora\.rank={side + 1}: must be <= {side}, the shorter side of {name}: .*; lower it"
+    with pytest.raises(UserError, match=named):
+        beyond.validate(1, spec)
 
 
 def test_alpha_is_twice_the_rank_unless_it_is_given():

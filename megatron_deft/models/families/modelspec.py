@@ -4,9 +4,18 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from math import inf
 from types import UnionType
-from typing import Any, get_args, get_origin
+from typing import Any, NamedTuple, get_args, get_origin
 
 from megatron_deft.errors import UserError
+
+
+class Matrix(NamedTuple):
+    """A weight [outputs, inputs] of a layer, and by how many of its kind a token is multiplied."""
+
+    name: str  # of the module, as megatron-core has it
+    inputs: int
+    outputs: int
+    times: int = 1
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,22 @@ class ModelSpec:
         """Of each layer, the tokens that a token attends to; None: all before it."""
         return tuple(
             self.window if i in self.window_layers else None for i in range(self.num_layers)
+        )
+
+    def matrices(self, layer: int) -> tuple[Matrix, ...]:
+        """Of that layer, in the order they are used; attention's scores follow the first."""
+        hidden, heads, inner = self.hidden_size, self.num_attention_heads, self.ffn_hidden_size
+        router: tuple[Matrix, ...] = ()
+        times = 1
+        if layer in self.expert_layers:
+            router = (Matrix("router", hidden, self.experts),)
+            inner, times = self.expert_ffn_hidden_size, self.experts_per_token
+        return (
+            Matrix("linear_qkv", hidden, (heads + 2 * self.num_query_groups) * self.head_dim),
+            Matrix("linear_proj", heads * self.head_dim, hidden),
+            *router,
+            Matrix("linear_fc1", hidden, 2 * inner, times),  # gate and up
+            Matrix("linear_fc2", inner, hidden, times),
         )
 
     @property
