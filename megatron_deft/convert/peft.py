@@ -3,10 +3,13 @@
     adapter_config.json         rank, alpha, target modules, the base's name
     adapter_model.safetensors   base_model.model.NAME.lora_A.weight, ...lora_B.weight
 
-q, k and v, or gate and up, have one A here: each gets a copy of it, and its own rows of B.
+q, k and v, or gate and up, have one A here: each gets a copy of it, and its own rows of B. The base
+is named by its Hub name, or as the folder it was, which peft would otherwise seek where it runs.
 Format: https://huggingface.co/docs/peft/developer_guides/checkpoint.
 """
 
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from megatron_deft import checkpoint_folder as folders
 from megatron_deft.convert import card, mapping
 from megatron_deft.convert.adapters import AdapterState
 from megatron_deft.convert.hf import check_target, named_dtype, require_whole
-from megatron_deft.convert.hf_folder import write_json
+from megatron_deft.convert.hf_folder import is_hub_name, write_json
 from megatron_deft.convert.mapping import Parameter
 from megatron_deft.convert.safetensors_io import read_header
 from megatron_deft.errors import UserError
@@ -26,6 +29,7 @@ from megatron_deft.files import atomic_folder
 from megatron_deft.hf_files import TOKENIZER_FILES, copy_matching
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+logger = logging.getLogger(__name__)
 
 
 def export_peft(
@@ -102,7 +106,7 @@ def _config(state: AdapterState) -> dict[str, Any]:
     adapters, manifest = state.adapters, state.manifest
     modules = (module for _, b in state.pairs.values() for module in _modules(b))
     return {
-        "base_model_name_or_path": manifest.get("base") or manifest["adapter"]["base"]["path"],
+        "base_model_name_or_path": _base(manifest),
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -116,6 +120,21 @@ def _config(state: AdapterState) -> dict[str, Any]:
         "task_type": "CAUSAL_LM",
         "use_rslora": adapters.rslora,
     }
+
+
+def _base(manifest: Mapping[str, Any]) -> str:
+    """What peft loads by itself, as AutoPeftModelForCausalLM does."""
+    name, path = manifest.get("base"), str(manifest["adapter"]["base"]["path"])
+    if name and is_hub_name(name):
+        return str(name)
+    if (Path(path) / folders.MANIFEST).exists():
+        logger.warning(
+            "the base %s was trained on as %s, which peft cannot read: load its Hugging Face "
+            "folder yourself, PeftModel.from_pretrained(BASE, ADAPTERS)",
+            name,
+            path,
+        )
+    return path
 
 
 def _require_same(state: AdapterState, file: Path, dtype: torch.dtype | None) -> None:

@@ -44,7 +44,11 @@ class Made(NamedTuple):
 
 
 def make_adapters(
-    base: Path, root: Path, dtype: torch.dtype = torch.float32, weights: Path | None = None
+    base: Path,
+    root: Path,
+    dtype: torch.dtype = torch.float32,
+    weights: Path | None = None,
+    name: str = "owner/base",
 ) -> Made:
     """Adapters on every linear layer of the Hugging Face folder `base`, or of it as `weights`."""
     config = hf_folder.read_json(base / "config.json", "config")
@@ -67,7 +71,7 @@ def make_adapters(
         kind="training",
         spec=spec.to_json(),
         step=1,
-        base="owner/base",
+        base=name,
         adapter={**ADAPTERS.to_json(), "base": entry},
     )
     return Made(base, checkpoint, pairs)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from megatron_deft import checkpoint_folder as folders
 from megatron_deft.cli import main
@@ -15,7 +16,7 @@ from megatron_deft.convert.hf import export_hf, import_hf
 from megatron_deft.convert.inspect import describe, inspect
 from megatron_deft.convert.nemo import export_nemo
 from megatron_deft.convert.ours import single_process
-from megatron_deft.convert.peft import export_peft
+from megatron_deft.convert.peft import CONFIG, export_peft
 from megatron_deft.convert.state import load_model
 from megatron_deft.errors import UserError
 from megatron_deft.models.adapters import adapters_alone, is_adapter
@@ -120,6 +121,25 @@ def test_peft_gets_every_module_its_pair(made: dict[str, Made], case: str, tmp_p
     assert (config["use_rslora"], config["base_model_name_or_path"]) == (True, "owner/base")
     assert config["target_modules"] == sorted({m.rpartition(".")[2] for m in made[case].pairs})
     assert "base_model_relation: adapter" in (out / "README.md").read_text()
+
+
+def test_peft_finds_a_base_that_is_no_model_of_the_hub(
+    made: dict[str, Made],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    base = made["glm4"].base
+    local = make_adapters(base, tmp_path / "local", name="hf")
+    config = json.loads((export_peft(local.checkpoint, tmp_path / "a") / CONFIG).read_text())
+    monkeypatch.chdir(tmp_path)
+    found = AutoModelForCausalLM.from_pretrained(config["base_model_name_or_path"])
+    assert_same_tensors(dict(found.state_dict()), tensors(base))
+    assert not caplog.text
+    weights = import_hf(base, tmp_path / "w", verify=False)
+    ours = make_adapters(base, tmp_path / "ours", weights=weights, name="hf")
+    export_peft(ours.checkpoint, tmp_path / "b")
+    assert f"trained on as {weights}, which peft cannot read: load its" in caplog.text
 
 
 @pytest.mark.parametrize("case", [*DENSE, EXPERTS])
