@@ -10,7 +10,7 @@ were saved, cannot save a stage that has no experts, and with torch's Adam loses
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -147,9 +147,7 @@ def sharded_state(
             if not is_loading:
                 _set_step(part.optimizer, 0)
     tensors = {
-        number: part.sharded_param_state_fully_reshardable(
-            model_state, is_loading=is_loading, metadata={}
-        )
+        number: _distributed_sharded_state(part, model_state, is_loading)
         if isinstance(part, DistributedOptimizer)
         else _plain_sharded_state(part, model_state)
         for number, part in enumerate(optimizer.chained_optimizers)
@@ -216,6 +214,31 @@ def _set_step(optimizer: torch.optim.Optimizer, step: int) -> None:
         else:
             for group in inner.param_groups:
                 group["step"] = step
+
+
+def _distributed_sharded_state(
+    part: DistributedOptimizer, model_state: Mapping[str, Any], is_loading: bool
+) -> dict[int, Any]:
+    """megatron-core 0.16 gathers a buffer's state without the padding after each of its buckets,
+    and then looks for a parameter where it is with it: from the second bucket on, every tensor
+    would be saved shifted. So while it gathers, parameters are where it puts them."""
+    padded = [buffer.param_index_map for buffer in part.buffers]
+    for buffer in part.buffers:
+        unpadded = accumulate((bucket.numel_unpadded for bucket in buffer.buckets), initial=0)
+        places = zip(buffer.bucket_indices, unpadded, strict=False)
+        shifts = [start - gathered for (start, _), gathered in places]
+        buffer.param_index_map = {
+            parameter: (start - shifts[bucket], end - shifts[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        found: dict[int, Any] = part.sharded_param_state_fully_reshardable(
+            model_state, is_loading=is_loading, metadata={}
+        )
+        return found
+    finally:
+        for buffer, before in zip(part.buffers, padded, strict=True):
+            buffer.param_index_map = before
 
 
 def _plain_tensors(part: MegatronOptimizer) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
     os.environ["WORLD_SIZE"] = str(world)
     for cfg in configs:
         run(cfg)
+
+
+def train_in_buckets(rank: int, world: int, configs: list[RunConfig], size: int) -> None:
+    """As train_all; gradients in buckets of `size` numbers or a little more, if they overlap."""
+    from megatron_deft.training import model
+
+    model.DistributedDataParallelConfig = partial(  # type: ignore[misc]
+        model.DistributedDataParallelConfig, bucket_size=size
+    )
+    train_all(rank, world, configs)
 
 
 def move(rank: int, world: int, layouts: Mapping[Any, RunConfig]) -> dict[Any, set[int]]:
