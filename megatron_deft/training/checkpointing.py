@@ -133,7 +133,8 @@ def state_to_save(
     state = _model_state(model)
     state |= {"optimizer": sharded_state(optimizer, state), "rng": _rng_object(_rng_state())}
     entries = {"consumed": position.consumed, "skipped": position.skipped, "layout": _layout()}
-    return state, entries
+    # A stage may train nothing, and an empty entry is to megatron-core a difference between ranks.
+    return {name: part for name, part in state.items() if part}, entries
 
 
 def _from_rank_0(look: Callable[[], Found]) -> Found:
@@ -142,9 +143,13 @@ def _from_rank_0(look: Callable[[], Found]) -> Found:
 
 
 def _model_state(model: Sequence[GPTModel]) -> dict[str, Any]:
-    """The parameters that are trained: all, or adapters alone."""
-    states = {f"model{i}": chunk_state(chunk) for i, chunk in enumerate(model)}
-    return {name: adapters_alone(state) or state for name, state in states.items()}
+    """The parameters that are trained: all, or adapters alone, which a chunk may have none of."""
+    states = {}
+    for number, chunk in enumerate(model):
+        is_whole = all(parameter.requires_grad for parameter in chunk.parameters())
+        state = chunk_state(chunk)
+        states[f"model{number}"] = state if is_whole else adapters_alone(state)
+    return states
 
 
 def find(attempt: Attempt, asked: str) -> tuple[Path | None, list[str]]:
@@ -305,7 +310,8 @@ def load(
     with torch.no_grad():
         loaded = load_state(state, folder / "state")
     for number, chunk in enumerate(model):
-        chunk.load_state_dict(loaded[f"model{number}"], strict=cfg.lora.rank is None)
+        found = loaded.get(f"model{number}", {})
+        chunk.load_state_dict(found, strict=cfg.lora.rank is None)
     position = Position(manifest["step"], manifest["consumed"], manifest.get("skipped") or 0)
     restore(optimizer, loaded.get("restored", {}), position.updates)
     if same:

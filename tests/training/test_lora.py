@@ -11,6 +11,7 @@ from tests.training.ranks import config, metrics, move, train_all
 from tests.training.test_layouts import (
     BF16,
     COMMON_KEYS,
+    COUNTED,
     CP2,
     EP2,
     EP4,
@@ -45,6 +46,8 @@ RUNS: dict[str, Run] = {
     "experts TP2 EP2": Run("experts", SEQUENCE | EP2, (PP2 | EP2,)),
     "experts TP2 ETP1 EP4": Run("experts", ETP1 | EP4 | GATHER),
     "experts TP2 ETP1": Run("experts", ETP1),
+    # whose first and last stages have nothing to train
+    "two PP4 empty ends": Run("two", {"parallel.pipeline": 4} | COUNTED, (TP2 | PP2,)),
 }
 HOPS = [(name, number) for name, run in RUNS.items() for number in range(1, len(run.hops) + 1)]
 
@@ -59,6 +62,7 @@ def trained(root: Path) -> Path:  # noqa: F811
             ("dense", "", {}),
             ("dense", " packed", PACKED),
             ("experts", "", {}),
+            ("two", "", {}),
         )
     ]
     split = [config(root / r.model, root / name, **keys, **r.keys) for name, r in RUNS.items()]
