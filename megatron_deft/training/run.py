@@ -43,7 +43,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
     # Between torch and megatron-core 0.16; who trains can do nothing about them.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    warnings.filterwarnings("ignore", message="When using async grad allreduce")
+    # Experts that tensor ranks hold whole (parallel.expert_tensor=1) have no part of a sequence.
+    warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor")
     # It doubts core_attn, whatever attends; the key's own help says when it is worth it.
     warnings.filterwarnings("ignore", message="If you are using transformer_engine")
     with Preemption(cfg.train.exit_seconds) as preemption:
@@ -57,6 +58,10 @@ def run(cfg: RunConfig) -> dict[str, float]:
 def _run(cfg: RunConfig, base: Base, preemption: Preemption) -> dict[str, float]:
     from megatron_deft import platform
 
+    if cfg.parallel.tensor > 1:
+        # One queue: what tensor ranks send starts before the products that are to hide it, which
+        # megatron-core counts on. To be set before the GPU is first used.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with ExitStack() as held:
         held.enter_context(platform.deterministic(cfg.deterministic))
         initialize(cfg)
