@@ -86,6 +86,7 @@ def _train(args: Arguments) -> int:
         return 0
     from megatron_deft.data.check import check_data
     from megatron_deft.training.base import read_base
+    from megatron_deft.training.obstacles import obstacles, obstacles_to_monitors
     from megatron_deft.training.run import run
 
     if args.config is None:
@@ -104,13 +105,16 @@ def _train(args: Arguments) -> int:
         overrides.append(f"train.exit_duration={args.exit_duration}")
     world_size = int(os.environ["WORLD_SIZE"]) if started else nodes.world_size
     config = load_config(args.config, overrides)
-    config.validate(world_size, read_base(config.model).spec)
+    spec = read_base(config.model).spec
+    config.validate(world_size, spec)
     check_data(config.data)
     if args.dry_run:
         ranks, batches = config.data_parallel(world_size), config.micro_batches(world_size)
         print(dump_yaml(config), end="")
         print(f"# {world_size} processes, {ranks} of them data parallel")
         print(f"# {batches} micro-batches per step and data-parallel rank")
+        for line in [*obstacles(config, spec), *obstacles_to_monitors(config.monitor)]:
+            print(f"megatron-deft: warning: not on this machine: {line}", file=sys.stderr)
         return 0
     if not wants_agent:
         run(config)
@@ -179,7 +183,11 @@ def _add_train(commands: Group) -> None:
     train.add_argument(
         "--exit-duration", metavar="TIME", help="the same as train.exit_duration, such as 3h50m"
     )
-    train.add_argument("--dry-run", action="store_true", help="check, print the whole config, stop")
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check, print the whole config, stop; warns of what this machine lacks for it",
+    )
     train.add_argument(
         "--help-config", action="store_true", help="print every key with its meaning"
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.spec import has_transformer_engine
 
 FP8_RECIPES = {  # recipe -> what of TransformerEngine tells whether this GPU has it
@@ -59,6 +60,17 @@ def obstacle_to_gradient_accumulation_fusion() -> str:
     # megatron-core's layers, which the embedding's and output's stay, ask for apex's alone
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         return "it needs apex's fused_weight_gradient_mlp_cuda, which is not installed"
+    return ""
+
+
+def obstacle_to_context_comm(way: str, spec: ModelSpec) -> str:
+    """Why ranks cannot exchange the keys and values of a sequence that way, or ""."""
+    if way == "all_gather":
+        return ""
+    if not has_transformer_engine():
+        return "it needs TransformerEngine, which is not here"
+    if spec.attention_softcap is not None:
+        return "it needs an attention without a cap on its scores, which this model has"
     return ""
 
 

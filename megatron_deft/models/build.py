@@ -13,8 +13,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
 
-from megatron_deft.errors import UserError
-from megatron_deft.models.accelerators import fp8_fields
+from megatron_deft.models.accelerators import fp8_fields, obstacle_to_context_comm
 from megatron_deft.models.adapters import Adapters
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import head_spec
@@ -94,7 +93,7 @@ def transformer_config(
             without that mark gradient norms count one rank's part.
     """
     assert perform_initialization or tensor == 1
-    _check_context_comm(spec, context_comm)
+    assert context_comm is None or not obstacle_to_context_comm(context_comm, spec)
     # The fusions need it, or torch.compile on a GPU.
     fused = has_transformer_engine()
     return TransformerConfig(
@@ -162,18 +161,6 @@ def transformer_config(
         **fp8_fields(fp8),
         **recompute_fields(recompute, recompute_modules, recompute_method, recompute_layers),
     )
-
-
-def _check_context_comm(spec: ModelSpec, context_comm: str | None) -> None:
-    if context_comm in (None, "all_gather"):
-        return
-    reason = "" if has_transformer_engine() else "TransformerEngine, which is not here"
-    if spec.attention_softcap is not None:
-        reason = "an attention without a cap on its scores, which this model has"
-    if reason:
-        raise UserError(
-            f"parallel.context_comm={context_comm} needs {reason}: set it to all_gather or null"
-        )
 
 
 def _window(spec: ModelSpec, mtp_layers: int) -> dict[str, Any]:

@@ -4,7 +4,6 @@ the terminal. Made by one rank; knows nothing of megatron.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_deft.config import MonitorConfig
-from megatron_deft.errors import UserError
 from megatron_deft.files import atomic_write
+from megatron_deft.training.obstacles import is_installed, obstacles_to_monitors, refuse
 
 Metrics = Mapping[str, float]
 
@@ -82,21 +81,12 @@ class WandB:
         self._run.finish()
 
 
-def _installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
-
-
 def _monitors(
     run_dir: Path, monitor: MonitorConfig, resume_step: int, config: Mapping[str, Any] | None
 ) -> Iterator[Monitor]:
     """The monitors that were asked for. Errors: UserError naming the package that is missing."""
-    for package, asked in (("tensorboard", monitor.tensorboard), ("wandb", monitor.wandb)):
-        if asked is True and not _installed(package):
-            raise UserError(
-                f"monitor.{package}=true, but {package} is not installed: "
-                f"`pip install {package}`, or set it to false"
-            )
-    if monitor.tensorboard is True or (monitor.tensorboard == "auto" and _installed("tensorboard")):
+    refuse(obstacles_to_monitors(monitor))
+    if monitor.tensorboard is not False and is_installed("tensorboard"):
         yield TensorBoard(run_dir, resume_step)
     if monitor.wandb:
         yield WandB(run_dir, monitor, resume_step, config)

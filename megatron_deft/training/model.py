@@ -8,12 +8,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 
 from megatron_deft.config import RunConfig
-from megatron_deft.errors import UserError
-from megatron_deft.models.accelerators import (
-    obstacle_to_cpu_offload,
-    obstacle_to_fp8,
-    obstacle_to_gradient_accumulation_fusion,
-)
+from megatron_deft.models.accelerators import obstacle_to_gradient_accumulation_fusion
 from megatron_deft.models.build import build_model, transformer_config
 from megatron_deft.models.families import ModelSpec
 from megatron_deft.models.heads import initialize_heads
@@ -22,12 +17,14 @@ from megatron_deft.training.adapters import adapters_of
 
 
 def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
-    """This rank's blocks of layers, weights random: one, or those of a virtual pipeline."""
+    """This rank's blocks of layers, weights random: one, or those of a virtual pipeline.
+
+    What the machine lacks for them, training/obstacles.py has refused.
+    """
     parallel = cfg.parallel
-    if cfg.model.fp8 is not None and (obstacle := obstacle_to_fp8(cfg.model.fp8)):
-        raise UserError(f"model.fp8={cfg.model.fp8}: {obstacle}; set it to null")
-    if cfg.optim.cpu_offload and (obstacle := obstacle_to_cpu_offload()):
-        raise UserError(f"optim.cpu_offload={cfg.optim.cpu_offload:g}: {obstacle}; set it to 0")
+    fusion = parallel.gradient_accumulation_fusion
+    if fusion == "auto":
+        fusion = not obstacle_to_gradient_accumulation_fusion()
     tcfg = transformer_config(
         spec,
         tensor=parallel.tensor,
@@ -44,7 +41,7 @@ def build_chunks(cfg: RunConfig, spec: ModelSpec) -> list[GPTModel]:
         sequence=parallel.sequence,
         dtype=cfg.model.dtype,
         fp8=cfg.model.fp8,
-        gradient_accumulation_fusion=_fuses_gradients(cfg),
+        gradient_accumulation_fusion=fusion,
         recompute=cfg.model.recompute,
         recompute_modules=cfg.model.recompute_modules or ("core_attn",),
         recompute_method=cfg.model.recompute_method,
@@ -84,16 +81,6 @@ def prepare_heads(cfg: RunConfig, chunks: Sequence[GPTModel], base: str, found: 
         left = f"{found - wanted} of {found} {what} of {base} are left out"
         return f"{left}: model.mtp_layers={wanted}"
     return ""
-
-
-def _fuses_gradients(cfg: RunConfig) -> bool:
-    wanted = cfg.parallel.gradient_accumulation_fusion
-    obstacle = obstacle_to_gradient_accumulation_fusion()
-    if wanted is True and obstacle:
-        raise UserError(
-            f"parallel.gradient_accumulation_fusion=true: {obstacle}; set it to auto or false"
-        )
-    return wanted is not False and not obstacle
 
 
 def wrap_chunks(cfg: RunConfig, chunks: Sequence[GPTModel]) -> list[DistributedDataParallel]:

@@ -70,10 +70,13 @@ def _run(cfg: RunConfig, base: Base, preemption: Preemption) -> dict[str, float]
         from megatron_deft.data.loader import naming_dead_readers
         from megatron_deft.training.data import on_rank_0
         from megatron_deft.training.hang import HangWatch
+        from megatron_deft.training.obstacles import obstacles, obstacles_to_monitors, refuse
         from megatron_deft.training.restarts import LOCK_SECONDS, this_attempt
         from megatron_deft.training.trainer import Trainer
 
         watch = held.enter_context(HangWatch(cfg.train.hang_seconds))
+        refuse(obstacles(cfg, base.spec))
+        on_rank_0(lambda: refuse(obstacles_to_monitors(cfg.monitor)), is_quick=True)
         attempt = this_attempt(Path(cfg.run_dir))
         patience = LOCK_SECONDS if attempt.number > 1 else 0.0
         on_rank_0(lambda: held.enter_context(hold_folder(cfg.run_dir, "run_dir", patience)))

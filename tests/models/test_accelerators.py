@@ -1,6 +1,7 @@
 """What needs TransformerEngine, apex or a GPU is refused by its key where they are not."""
 
 import importlib.machinery
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_deft.config import ModelConfig
+from megatron_deft.cli import main
+from megatron_deft.config import ModelConfig, MonitorConfig, dump_yaml
 from megatron_deft.errors import UserError
 from megatron_deft.models import accelerators
 from megatron_deft.models.accelerators import (
@@ -19,31 +21,71 @@ from megatron_deft.models.accelerators import (
     obstacle_to_fp8,
     obstacle_to_gradient_accumulation_fusion,
 )
-from megatron_deft.training.model import build_chunks
+from megatron_deft.training import obstacles
+from tests.distributed import run_ranks
+from tests.training.lora_ranks import hear
 from tests.training.ranks import config
 
+NO_GPU = "it needs a GPU, and there is none"
+MISSING: dict[str, tuple[dict[str, Any], str]] = {
+    "fp8": (
+        {"model.dtype": "bf16", "model.fp8": "delayed"},
+        f"model.fp8=delayed: {NO_GPU}; set it to null",
+    ),
+    "fusion": (
+        {"parallel.gradient_accumulation_fusion": "true"},
+        f"parallel.gradient_accumulation_fusion=true: {NO_GPU}; set it to auto or false",
+    ),
+    "offload": ({"optim.cpu_offload": 0.25}, f"optim.cpu_offload=0.25: {NO_GPU}; set it to 0"),
+    "ring": (
+        {"parallel.context": 2, "parallel.context_comm": "p2p"},
+        "parallel.context_comm=p2p: it needs TransformerEngine, which is not here; "
+        "set it to all_gather or null",
+    ),
+}
 
-@pytest.mark.parametrize(
-    ("keys", "expected"),
-    [
-        ({"model.dtype": "bf16", "model.fp8": "delayed"}, "model.fp8=delayed: it needs a GPU"),
-        (
-            {"parallel.gradient_accumulation_fusion": "true"},
-            "parallel.gradient_accumulation_fusion=true: it needs a GPU",
-        ),
-        (
-            {"optim.cpu_offload": 0.25},
-            "optim.cpu_offload=0.25: it needs a GPU, and there is none; set it to 0",
-        ),
-    ],
-)
-def test_a_run_without_a_gpu_refuses_them(
-    tmp_path: Path, keys: dict[str, Any], expected: str
+
+def test_a_run_refuses_them_before_it_prepares_data(base: Path, tmp_path: Path) -> None:
+    configs = {name: config(base, tmp_path / name, **keys) for name, (keys, _) in MISSING.items()}
+    # one process would be refused for two context-parallel ranks
+    del configs["ring"]
+    said = run_ranks(1, hear, list(configs.values()))[0]
+    assert dict(zip(configs, said, strict=True)) == {name: MISSING[name][1] for name in configs}
+    assert not any((tmp_path / name).exists() for name in configs)
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_a_dry_run_names_them_and_goes_on(
+    base: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cfg = config(tmp_path, tmp_path / "run", **keys)
-    with pytest.raises(UserError) as caught:
-        build_chunks(cfg, None)  # type: ignore[arg-type]  # before the model is looked at
-    assert str(caught.value).startswith(expected)
+    keys, expected = MISSING[name]
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(config(base, tmp_path / "run", **keys)))
+    processes = ["--nproc-per-node", "2"] if name == "ring" else []
+    assert main(["train", str(file), "--dry-run", *processes]) == 0
+    said = capsys.readouterr()
+    assert said.err == f"megatron-deft: warning: not on this machine: {expected}\n"
+
+
+def test_a_monitor_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(obstacles, "is_installed", lambda package: False)
+    assert obstacles.obstacles_to_monitors(MonitorConfig()) == []
+    (line,) = obstacles.obstacles_to_monitors(MonitorConfig(wandb=True, tensorboard="auto"))
+    assert line.startswith("monitor.wandb=true, but wandb is not installed: `pip install wandb`")
+
+
+def test_a_dry_run_that_asks_for_nothing_special_imports_nothing_heavy(
+    base: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_yaml(config(base, tmp_path / "run")))
+    code = (
+        "import sys, megatron_deft.cli as cli\n"
+        f"cli.main(['train', {str(file)!r}, '--dry-run'])\n"
+        "print('loaded:', [name for name in ('megatron', 'torch') if name in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.splitlines()[-1] == "loaded: []"
 
 
 def test_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:

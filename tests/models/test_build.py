@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from megatron_deft.errors import UserError
-from megatron_deft.models import build
+from megatron_deft.models import accelerators
+from megatron_deft.models.accelerators import obstacle_to_context_comm
 from megatron_deft.models.attention import TorchAttention
 from megatron_deft.models.build import build_model, padded_vocab, transformer_config
 from megatron_deft.models.families import ModelSpec, spec_from_hf
@@ -243,16 +243,14 @@ def test_ways_of_sharing_a_sequence_that_need_transformer_engine(
     comm: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_from_hf(CONFIGS["gqa"].to_dict())
-    with pytest.raises(
-        UserError, match=f"context_comm={comm} needs TransformerEngine, which is not"
-    ):
-        transformer_config(spec, context=2, context_comm=comm)
+    assert obstacle_to_context_comm(comm, spec) == "it needs TransformerEngine, which is not here"
+    assert obstacle_to_context_comm("all_gather", spec) == ""
     gathered = transformer_config(spec, context=2, context_comm="all_gather")
     assert gathered.cp_comm_type == "all_gather"
-    monkeypatch.setattr(build, "has_transformer_engine", lambda: True)
-    build._check_context_comm(spec, comm)
-    with pytest.raises(UserError, match="without a cap on its scores"):
-        build._check_context_comm(replace(spec, attention_softcap=2.0), comm)
+    monkeypatch.setattr(accelerators, "has_transformer_engine", lambda: True)
+    assert obstacle_to_context_comm(comm, spec) == ""
+    capped = replace(spec, attention_softcap=2.0)
+    assert "without a cap on its scores" in obstacle_to_context_comm(comm, capped)
 
 
 def test_building_warns_of_nothing() -> None:

@@ -23,7 +23,6 @@ def emulated_gpu() -> Iterator[None]:
     Of its question whether a tensor is there, only that after a copy to the host is denied.
     """
     from megatron_deft.platform import cpu
-    from megatron_deft.training import model
 
     def is_cuda(tensor: Tensor) -> bool:
         caller = sys._getframe(1)
@@ -35,7 +34,6 @@ def emulated_gpu() -> Iterator[None]:
         patch.object(Tensor, "pin_memory", lambda tensor: tensor),
         patch.object(torch.cuda, "stream", nullcontext),
         patch.object(cpu._Stream, "wait", lambda event, stream: None, create=True),
-        patch.object(model, "obstacle_to_cpu_offload", lambda: ""),
     ):
         yield
 
