@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig
 
 from megatron_deft.checkpoint_folder import read_manifest
 from megatron_deft.convert.hf import export_hf
 from megatron_deft.convert.nemo_folder import State
+from megatron_deft.convert.ours import single_process
 from megatron_deft.errors import UserError
-from megatron_deft.models.families import ModelSpec
-from tests.convert.tiny_models import assert_same_tensors, tensors
+from megatron_deft.models.families import ModelSpec, spec_from_hf
+from tests.convert.tiny_models import COMMON, assert_same_tensors, tensors
 from tests.distributed import run_ranks
 from tests.training.ranks import config, metrics
 from tests.training.test_fused_linear import train_and_hear
@@ -53,6 +57,43 @@ def test_heads_are_new_once_and_then_come_along(
     folder = step_folder(tmp_path / "first", 1)
     with pytest.raises(UserError, match="heads of multi-token prediction, which are not converted"):
         State(folder / "state", ModelSpec.from_json(read_manifest(folder)["spec"]))
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.7])
+def test_what_the_losses_of_heads_count_for(tmp_path: Path, weight: float) -> None:
+    """Every gradient against autograd's of the loss plus `weight` times the mean of theirs."""
+    spec = spec_from_hf(LlamaConfig(**COMMON, vocab_size=96, num_key_value_heads=2).to_dict())
+    keys = {"model.mtp_layers": 2, "model.mtp_loss_weight": weight}
+    tokens, labels = torch.randint(96, (2, 2, 9))
+    mask, places = torch.rand(2, 9), torch.arange(9).expand(2, 9)
+    with single_process():
+        from megatron_deft.loss.attach import attach
+        from megatron_deft.training.model import build_chunks
+
+        (model,) = build_chunks(config(tmp_path, tmp_path / "run", **keys), spec)
+        attach(model, "nll", vocab_size=96)
+        taken: list[torch.Tensor] = []
+        model.mtp.register_forward_hook(lambda module, inputs, out: taken.append(out))
+
+        def losses() -> torch.Tensor:
+            return model(tokens, places, None, labels=labels, loss_mask=mask)
+
+        (losses() * mask).sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        losses()
+        total = torch.zeros(())
+        for further, hidden in enumerate(taken[-1].chunk(3)):  # the model's own, then the heads'
+            logits = (hidden @ model.output_layer.weight.t())[: 9 - further].transpose(0, 1)
+            wanted, weights = labels[:, further:], mask[:, further:]
+            loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            total = total + (weight / 2 if further else 1) * (loss * weights.flatten()).sum()
+        total.backward()
+        for name, parameter in model.named_parameters():
+            scale = float(parameter.grad.abs().max())
+            assert scale > 0, name
+            got, want = found[name], parameter.grad
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 def test_what_is_refused(base: Path, tmp_path: Path) -> None:
