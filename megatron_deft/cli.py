@@ -39,7 +39,7 @@ from megatron_deft.data.prepare.arguments import (
     run_math,
     run_medical,
 )
-from megatron_deft.errors import UserError
+from megatron_deft.errors import TransientError, UserError
 from megatron_deft.evaluation.arguments import EVALUATE
 from megatron_deft.launch import USER_ERROR, Nodes, is_rank, launch, report_user_error
 from megatron_deft.options import add_number
@@ -364,7 +364,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, OSError) as error:
         if args.traceback:
             traceback.print_exc()
-        report_user_error(f"megatron-deft: error: {_message(error)}")
+        line = f"megatron-deft: error: {_message(error)}"
+        if isinstance(error, TransientError):
+            print(line, file=sys.stderr)
+            return 1
+        report_user_error(line)
         return USER_ERROR
     except KeyboardInterrupt:
         if args.traceback:

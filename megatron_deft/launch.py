@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ if TYPE_CHECKING:  # torch is not for `--help`
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 PATIENCE = 10  # seconds that ranks have to end after one of them has failed
+ECHO = 2.0  # seconds in which a SIGTERM is the same one, as in training/preemption.py
 STOPS = (signal.SIGTERM, signal.SIGUSR1)  # ranks save, and end with exit code 0
 USER_ERROR = 2  # exit code of a UserError, of a rank as of the whole
 JOIN_SECONDS = 900  # for all machines to come, at the start and after one was lost
@@ -89,7 +91,7 @@ def launch(command: Sequence[str], nodes: Nodes) -> int:
     once (see `report_user_error`), and torchrun's failure report not at all. Any other failure is
     named by rank and exit code, after the traceback that the rank printed itself.
     """
-    stopping = _Stopping()
+    stopping = _Stopping(nodes)
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -149,18 +151,33 @@ class _Stopping:
     """Hands SIGTERM and SIGUSR1 on to the ranks, those too that are started after it came.
 
     torchrun's agent would kill them 30 seconds later, however long the save takes, and fail. A
-    second SIGTERM goes on to them as well: they end at once, and so does the agent.
+    second SIGTERM goes on to them as well: they end at once, or are killed if they do not listen,
+    and so does the agent. While it waits for other machines there is nobody to tell, and it ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nodes: Nodes) -> None:
         self.asked: list[int] = []
+        self._nodes = nodes
+        self._terminated: float | None = None  # when it first was
         for number in STOPS:
             signal.signal(number, self._forward)
 
     def _forward(self, number: int, frame: object) -> None:
         self.asked.append(number)
-        if not self.tell(number) and self.asked.count(signal.SIGTERM) > 1:
-            sys.exit(128 + number)
+        has_ranks, now = self.tell(number), time.monotonic()
+        if not has_ranks and self._nodes.count > 1:
+            print("megatron-deft: stopped while it waited for the other machines", file=sys.stderr)
+            sys.exit(0)
+        if number != signal.SIGTERM:
+            return
+        if self._terminated is None:
+            self._terminated = now
+        elif now > self._terminated + ECHO:
+            if not has_ranks:
+                sys.exit(128 + number)
+            killing = threading.Timer(PATIENCE, self.tell, (signal.SIGKILL,))
+            killing.daemon = True
+            killing.start()
 
     def tell(self, *numbers: int) -> bool:
         """Whether there are ranks to tell."""

@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import resource_tracker
 
 PATIENCE = 10  # seconds that a process is given to end
 OUTLIVE = 30.0  # seconds that a rank's helper has left after a SIGTERM
@@ -39,7 +38,6 @@ def signals_held(*numbers: signal.Signals) -> Iterator[None]:
     handle them in what they run would be too late for the seconds of their imports. Here such a
     signal takes effect at the block's end.
     """
-    resource_tracker.ensure_running()  # Python starts it before the first, and then unblocks SIGINT
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield

@@ -184,6 +184,35 @@ def test_two_nodes_meet_at_the_endpoint(ranks):
         assert out.strip() == "[(0, '0'), (1, '1')]"
 
 
+def test_who_waits_for_other_machines_stops_at_once():
+    process = subprocess.Popen(
+        command("pass", f"Nodes(1, 2, 0, 'localhost:{quiet_port()}')"),
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(8)  # or it has not begun to wait: it stops all the same
+    process.send_signal(signal.SIGUSR1)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert err == "megatron-deft: stopped while it waited for the other machines\n"
+
+
+def test_ranks_that_do_not_listen_are_killed_by_a_second_sigterm():
+    worker = "import time\nprint('ready', flush=True)\ntime.sleep(60)"
+    process = subprocess.Popen(
+        command(worker, "Nodes(1)"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1
+    assert "rank 0 with SIGKILL" in err
+    assert time.monotonic() - begun < 55  # the rank did not sleep to its end
+
+
 def test_a_users_mistake_on_one_node_ends_the_other():
     port = quiet_port()
     worker = (

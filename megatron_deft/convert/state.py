@@ -58,7 +58,7 @@ from megatron_deft.convert.streams import (
     nothing_follows,
     read_into,
 )
-from megatron_deft.errors import UserError
+from megatron_deft.errors import TransientError, UserError
 from megatron_deft.models.adapters import is_adapter
 
 # CheckpointingConfig of megatron/core/dist_checkpointing/core.py: which reader to use.
@@ -318,9 +318,9 @@ def load_state(wanted: dict[str, Any], folder: Path) -> dict[str, Any]:
         return loaded
     except CheckpointException as error:  # every rank has it, when one of them met something
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise UserError(_not_loaded(folder, f"rank {rank}: {_one_line(cause)}")) from error
+        raise TransientError(_not_loaded(folder, f"rank {rank}: {_one_line(cause)}")) from error
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(_not_loaded(folder, _one_line(error))) from error
+        raise TransientError(_not_loaded(folder, _one_line(error))) from error
 
 
 def _not_loaded(folder: Path, cause: str) -> str:

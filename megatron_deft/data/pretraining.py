@@ -30,6 +30,7 @@ from megatron_deft.errors import UserError
 from megatron_deft.hashing import hash_file
 
 _LOOKED_AT = 1 << 22  # tokens
+_BLOCK = 1 << 20  # documents
 _LOG = logging.getLogger(__name__)
 
 
@@ -162,18 +163,22 @@ def _check_tokens(prefix: str, documents: Any, vocab_size: int) -> None:
     betray most: reading a whole corpus at every start would take too long.
     """
     path, dtype = Path(f"{prefix}.bin"), np.dtype(documents.index.dtype)
-    lengths, offsets = documents.sequence_lengths, documents.index.sequence_pointers
-    ends = offsets + lengths.astype(np.int64) * dtype.itemsize
-    needed = int(ends.max(initial=0))
-    if (size := path.stat().st_size) < needed:
-        raise UserError(
-            f"{path} is damaged: it has {size} bytes, its index names {needed}: prepare it again"
-        )
-    if min(offsets.min(initial=0), lengths.min(initial=0)) < 0:
-        raise UserError(
-            f"{prefix}.idx is damaged: it has a document of negative length or place: prepare it "
-            "again"
-        )
+    size = path.stat().st_size
+    for begin in range(0, len(documents.sequence_lengths), _BLOCK):
+        part = slice(begin, begin + _BLOCK)
+        offsets = documents.index.sequence_pointers[part]
+        lengths = documents.sequence_lengths[part].astype(np.int64)
+        if min(offsets.min(), lengths.min()) < 0:
+            raise UserError(
+                f"{prefix}.idx is damaged: it has a document of negative length or place: prepare "
+                "it again"
+            )
+        needed = int((offsets + lengths * dtype.itemsize).max())
+        if size < needed:
+            raise UserError(
+                f"{path} is damaged: it has {size} bytes, its index names {needed}: prepare it "
+                "again"
+            )
     _check_ids(prefix, np.fromfile(path, dtype, _LOOKED_AT), vocab_size)
 
 

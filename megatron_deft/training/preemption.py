@@ -26,7 +26,7 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"  # in the environment of a launcher's ranks
 LOOK = 2.0  # seconds between looks at whether the launcher lives
 
 
-class Stopped(Exception):  # noqa: N818 - no error
+class Stopped(BaseException):  # no error: nobody who catches those is to have it
     """The run is told to stop before its first step, by the signal that this names."""
 
 

@@ -58,8 +58,8 @@ def run(cfg: RunConfig) -> dict[str, float]:
 def _run(cfg: RunConfig, base: Base, preemption: Preemption) -> dict[str, float]:
     from megatron_deft import platform
 
-    if cfg.parallel.tensor > 1:
-        # One queue: what tensor ranks send starts before the products that are to hide it, which
+    if max(cfg.parallel.tensor, cfg.parallel.context) > 1:
+        # One queue: what such ranks send starts before the products that are to hide it, which
         # megatron-core counts on. To be set before the GPU is first used.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     with ExitStack() as held:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from tests.training.ranks import metrics
+from tests.distributed import run_ranks
+from tests.training.ranks import config, metrics, train_all
 from tests.training.test_multinode import SCRIPT, environment
 from tests.training.test_stopping import (
     ENDLESS,
@@ -163,3 +164,34 @@ def test_a_rank_that_does_not_end_is_named(base: Path, tmp_path: Path) -> None:
     assert "it has not ended 0.533 minutes after the last step (train.hang_timeout)" in text
     assert "in halting" in text
     assert len(metrics(run_dir)) == 1
+
+
+# `megatron-deft train` of argv[1], whose rank 1 dies where the checkpoint is loaded, once
+DYING = """
+import os, signal, sys
+from megatron_deft.platform import import_megatron
+import_megatron()
+from megatron_deft.convert import state
+
+def dying(*args, whole=state.load_state):
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*args)
+
+state.load_state = dying
+from megatron_deft.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_rank_that_dies_in_a_load_is_started_again(base: Path, tmp_path: Path) -> None:
+    """What the other rank meets there is no user's mistake, which would be made again."""
+    run_dir = tmp_path / "run"
+    run_ranks(2, train_all, [config(base, run_dir, **{"train.steps": 1, "train.save_every": 1})])
+    path = yaml_of(base, run_dir, **{"train.steps": 2, "train.resume": "must"})
+    launch = LAUNCH.format("2, restarts=1")
+    with started(run_dir, ["-c", launch, "-c", DYING, path]) as agent:
+        assert agent.wait(TIMEOUT) == 0, said(run_dir)
+    assert "restart 1 of 1" in said(run_dir)
+    assert "rank 1 with SIGKILL" in said(run_dir)
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2]

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
@@ -93,6 +93,7 @@ def _crew(job: Job, count: int) -> Iterator[list[_Worker]]:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, job), daemon=True)
             # of a run too, whose ranks decide what SIGUSR1 means
+            resource_tracker.ensure_running()  # else Python does it in there, and unblocks SIGINT
             with signals_held(signal.SIGINT, signal.SIGUSR1):
                 process.start()
             theirs.close()  # only the process holds it: its end is seen as the end of the file
