@@ -22,15 +22,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from megatron_deft.errors import UserError
-from megatron_deft.processes import signals_held
+from megatron_deft.processes import ECHO, STOPS, signals_held
 
 if TYPE_CHECKING:  # torch is not for `--help`
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.rendezvous import RendezvousHandler
 
 PATIENCE = 10  # seconds that ranks have to end after one of them has failed
-ECHO = 2.0  # seconds in which a SIGTERM is the same one, as in training/preemption.py
-STOPS = (signal.SIGTERM, signal.SIGUSR1)  # ranks save, and end with exit code 0
 USER_ERROR = 2  # exit code of a UserError, of a rank as of the whole
 JOIN_SECONDS = 900  # for all machines to come, at the start and after one was lost
 STORE_SECONDS = 300  # for the machine of the endpoint to answer
@@ -179,15 +177,14 @@ class _Stopping:
             killing.daemon = True
             killing.start()
 
-    def tell(self, *numbers: int) -> bool:
+    def tell(self, number: int) -> bool:
         """Whether there are ranks to tell."""
         import psutil
 
         ranks = psutil.Process().children()
         for rank in ranks:
-            for number in numbers:
-                with suppress(psutil.NoSuchProcess):
-                    rank.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
         return bool(ranks)
 
 
@@ -211,10 +208,9 @@ def _agent(
         def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
             result = super()._monitor_workers(worker_group)
             self._failures = result.failures if result.is_failed() else {}
-            if any(failure.exitcode == USER_ERROR for failure in self._failures.values()):
-                self._remaining_restarts = 0  # it would make the same mistake again
-            if stopping.asked:
-                self._remaining_restarts = 0  # ranks that are told to stop must not start again
+            codes = [failure.exitcode for failure in self._failures.values()]
+            if stopping.asked or USER_ERROR in codes:  # it would make the same mistake again
+                self._remaining_restarts = 0
             return result
 
         def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
@@ -224,7 +220,8 @@ def _agent(
             close = context.close
             # for those that outlive another torch has 30 s, and no option
             context.close = lambda number=None, timeout=PATIENCE: close(number, timeout)
-            stopping.tell(*stopping.asked[:1])
+            for number in stopping.asked[:1]:
+                stopping.tell(number)
             return started
 
         def _restart_workers(self, worker_group: WorkerGroup) -> None:

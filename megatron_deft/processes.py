@@ -4,7 +4,11 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 
+STOPS = (signal.SIGTERM, signal.SIGUSR1)  # told to ranks: they save, and end with exit code 0
+ECHO = 2.0  # seconds in which a SIGTERM is the same one: a launcher forwards what all ranks got
 PATIENCE = 10  # seconds that a process is given to end
 OUTLIVE = 30.0  # seconds that a rank's helper has left after a SIGTERM
 
@@ -43,3 +47,10 @@ def signals_held(*numbers: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_without(process: BaseProcess, *numbers: signal.Signals) -> None:
+    """Start one of multiprocessing's, which leaves these signals to this process."""
+    resource_tracker.ensure_running()  # Python starts it before the first, and then unblocks SIGINT
+    with signals_held(*numbers):
+        process.start()

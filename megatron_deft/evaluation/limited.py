@@ -16,13 +16,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 from megatron_deft.errors import UserError
-from megatron_deft.processes import PATIENCE, signals_held
+from megatron_deft.processes import PATIENCE, start_without
 
 _PRELOADED = ["math_verify"]  # what is called takes a second to import, and may be absent
 
@@ -107,9 +107,7 @@ def _hire(calls: Calls) -> _Worker:
     context.set_forkserver_preload(_PRELOADED)
     ours, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs, calls), daemon=True)
-    resource_tracker.ensure_running()  # else Python does it in there, and unblocks SIGINT
-    with signals_held(signal.SIGINT):
-        process.start()
+    start_without(process, signal.SIGINT)
     theirs.close()  # only the process holds it: its end is seen as the end of the file
     return _Worker(process, ours)
 

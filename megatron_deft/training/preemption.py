@@ -16,12 +16,10 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 
 import psutil
 
-from megatron_deft.processes import outlive_signals
+from megatron_deft.processes import ECHO, STOPS, outlive_signals
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REASONS = (*(number.name for number in SIGNALS), "train.exit_duration")
+REASONS = (*(number.name for number in STOPS), "train.exit_duration")
 END = 0  # no signal's number: the listener ends
-ECHO = 2.0  # seconds in which a SIGTERM is the same one: a launcher forwards what all ranks got
 LAUNCHED = "TORCHELASTIC_RUN_ID"  # in the environment of a launcher's ranks
 LOOK = 2.0  # seconds between looks at whether the launcher lives
 
@@ -59,9 +57,9 @@ class Preemption(AbstractContextManager["Preemption"]):
         self._thread = threading.Thread(target=self._listen, args=(reader,), daemon=True)
         self._thread.start()
         self._wakeup = signal.set_wakeup_fd(self._writer)
-        self._undo = [(number, signal.signal(number, self._handle)) for number in SIGNALS]
+        self._undo = [(number, signal.signal(number, self._handle)) for number in STOPS]
         _current = self
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # they waited: launch.py blocks them
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # they waited: launch.py blocks them
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -85,12 +83,12 @@ class Preemption(AbstractContextManager["Preemption"]):
         self._longest_save = self._looked - self._begun
 
     def signalled(self) -> list[bool]:
-        """Which of SIGNALS have come."""
-        return [number.name in self._asked for number in SIGNALS]
+        """Which of STOPS have come."""
+        return [number.name in self._asked for number in STOPS]
 
     def raise_if_asked(self) -> None:
         """Errors: Stopped when a signal has come."""
-        for number, has_come in zip(SIGNALS, self.signalled(), strict=True):
+        for number, has_come in zip(STOPS, self.signalled(), strict=True):
             if has_come:
                 raise Stopped(number.name)
 
@@ -120,7 +118,7 @@ class Preemption(AbstractContextManager["Preemption"]):
                 continue
             numbers = os.read(reader, 64)
             for number in numbers:
-                if number in SIGNALS:
+                if number in STOPS:
                     self._note(signal.Signals(number).name)
         os.close(reader)
 

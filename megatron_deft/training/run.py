@@ -8,8 +8,9 @@ from pathlib import Path
 
 from megatron_deft.config import RunConfig
 from megatron_deft.files import hold_folder
+from megatron_deft.processes import STOPS
 from megatron_deft.training.base import Base, read_base
-from megatron_deft.training.preemption import LAUNCHED, SIGNALS, Preemption, Stopped
+from megatron_deft.training.preemption import LAUNCHED, Preemption, Stopped
 
 
 def initialize(cfg: RunConfig) -> None:
@@ -117,6 +118,6 @@ def _stop_if_asked(preemption: Preemption) -> None:
 
     asked = torch.tensor(preemption.signalled(), device=device()).int()
     dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-    for number, is_asked in zip(SIGNALS, asked.tolist(), strict=True):
+    for number, is_asked in zip(STOPS, asked.tolist(), strict=True):
         if is_asked:
             raise Stopped(number.name)

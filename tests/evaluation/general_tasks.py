@@ -1,11 +1,16 @@
-"""Tasks of lm-eval that the tests make: YAML files with their questions beside them."""
+"""Tasks of lm-eval that the tests make: YAML files with their questions beside them, and a second
+computation of their scores.
+"""
 
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.evaluation.conftest import WORDS
 
@@ -73,3 +78,28 @@ def write_tasks(folder: Path) -> None:
         (folder / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
     plain = {"group": "tiny_plain", "task": ["tiny_long", "tiny_short"]}
     (folder / "tiny_plain.yaml").write_text(yaml.safe_dump(plain))
+
+
+@torch.inference_mode()
+def expected_correct(
+    folder: Path, answers: list[int], normalised: bool, chat: bool = False
+) -> list[float]:
+    """Whether the right choice is the likeliest, computed with the model alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    correct = []
+    for question, answer, choices in zip(QUESTIONS, answers, CHOICES, strict=False):
+        scores = []
+        for choice in choices:
+            # As lm-eval cuts: a context's outer white space goes to the continuation.
+            context, rest = question.rstrip(), question[len(question.rstrip()) :] + " "
+            if chat:
+                turns = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+                context, rest = turns.rstrip(), "\n"
+            whole = tokenizer(context + rest + choice)["input_ids"]
+            cut = len(tokenizer(context)["input_ids"])
+            logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            taken = logits[torch.arange(cut - 1, len(whole) - 1), whole[cut:]].sum().item()
+            scores.append(taken / len(choice) if normalised else taken)
+        correct.append(float(int(np.argmax(scores)) == answer))
+    return correct

@@ -17,8 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_deft.errors import UserError
 from megatron_deft.evaluation import general
@@ -27,9 +25,8 @@ from megatron_deft.evaluation.general_arguments import add_general_arguments, ru
 from megatron_deft.evaluation.harness import _known, check_installed
 from megatron_deft.evaluation.statistics import bootstrap
 from tests.evaluation.general_tasks import (
-    CHOICES,
-    QUESTIONS,
     choice_task,
+    expected_correct,
     write_task,
     write_tasks,
 )
@@ -69,31 +66,6 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tasks")
     write_tasks(folder)
     return folder
-
-
-@torch.inference_mode()
-def expected_correct(
-    folder: Path, answers: list[int], normalised: bool, chat: bool = False
-) -> list[float]:
-    """Whether the right choice is the likeliest, computed with the model alone."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    correct = []
-    for question, answer, choices in zip(QUESTIONS, answers, CHOICES, strict=False):
-        scores = []
-        for choice in choices:
-            # As lm-eval cuts: a context's outer white space goes to the continuation.
-            context, rest = question.rstrip(), question[len(question.rstrip()) :] + " "
-            if chat:
-                turns = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-                context, rest = turns.rstrip(), "\n"
-            whole = tokenizer(context + rest + choice)["input_ids"]
-            cut = len(tokenizer(context)["input_ids"])
-            logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-            taken = logits[torch.arange(cut - 1, len(whole) - 1), whole[cut:]].sum().item()
-            scores.append(taken / len(choice) if normalised else taken)
-        correct.append(float(int(np.argmax(scores)) == answer))
-    return correct
 
 
 def test_two_models_on_two_tasks(

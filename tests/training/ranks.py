@@ -3,7 +3,9 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,13 @@ def train_all(rank: int, world: int, configs: list[RunConfig]) -> None:
     os.environ["WORLD_SIZE"] = str(world)
     for cfg in configs:
         run(cfg)
+
+
+def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
+    """What it says."""
+    with redirect_stdout(StringIO()) as said:
+        run(cfg)
+    return said.getvalue()
 
 
 def train_in_buckets(rank: int, world: int, configs: list[RunConfig], size: int) -> None:

@@ -11,9 +11,14 @@ import pytest
 from megatron_deft.checkpoint_folder import read_manifest
 from tests.distributed import run_ranks
 from tests.training.faulty import Outcome, Poison, nonfinite, poisoned_steps
-from tests.training.ranks import config, metrics, train_all
+from tests.training.ranks import (
+    config,
+    metrics,
+    train_all,
+    train_and_hear,
+)
 from tests.training.test_layouts import MODELS, step_folder
-from tests.training.test_trainer import refused, same_but_time, train_and_hear
+from tests.training.test_trainer import refused, same_but_time
 
 Keys = dict[str, Any]
 BF16: Keys = {"model.dtype": "bf16"}

@@ -19,7 +19,12 @@ from megatron_deft.convert import state
 from megatron_deft.convert.pickles import require_safe
 from megatron_deft.hashing import hash_file
 from tests.distributed import run_ranks
-from tests.training.ranks import config, metrics, train_all
+from tests.training.ranks import (
+    config,
+    metrics,
+    train_all,
+    train_and_hear,
+)
 from tests.training.test_trainer import flip_a_byte, refused
 
 LAYOUT = {
@@ -190,3 +195,24 @@ def test_what_breaks_while_it_is_loaded_is_one_line_on_every_rank(
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == [
         "latest", BEFORE, NEWEST
     ]  # fmt: skip
+
+
+def test_checkpoints_after_a_fallback(base: Path, tmp_path: Path) -> None:
+    """keep_checkpoints never drops what was just written, and damaged later ones are set aside."""
+    run_dir = tmp_path / "run"
+    common = {"train.save_every": 1, "train.steps": 4}
+    run_ranks(1, train_all, [config(base, run_dir, **common)])
+    for step in (3, 4):
+        (run_dir / "checkpoints" / f"step_0000000{step}" / "megatron_deft.json").unlink()
+    again = {**common, "train.resume": "auto", "train.keep_checkpoints": 1, "train.steps": 5}
+    said = run_ranks(1, train_and_hear, config(base, run_dir, **again))[0]
+    assert "resumed from" in said
+    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert left == [
+        "latest",
+        "step_00000003.abandoned",
+        "step_00000004.abandoned",
+        "step_00000005",
+    ]
+    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000005\n"
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5]

@@ -24,8 +24,13 @@ from megatron_deft.files import hold_folder
 from megatron_deft.training.run import run
 from tests.convert.test_pickles import Bomb
 from tests.distributed import run_ranks
-from tests.training.ranks import config, metrics, train_all
-from tests.training.test_trainer import refused, same_but_time, train_and_hear
+from tests.training.ranks import (
+    config,
+    metrics,
+    train_all,
+    train_and_hear,
+)
+from tests.training.test_trainer import refused, same_but_time
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,19 @@
 """Whole runs whose loss never has logits: the same numbers, step by step, as from logits."""
 
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_deft.config import RunConfig
 from megatron_deft.errors import UserError
-from megatron_deft.training.run import run
 from tests.distributed import run_ranks
-from tests.training.ranks import STEPS, config, metrics, train_all
+from tests.training.ranks import (
+    STEPS,
+    config,
+    metrics,
+    train_all,
+    train_and_hear,
+)
 
 TP2 = {"parallel.tensor": 2}
 RUNS: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
@@ -49,12 +51,6 @@ def test_twenty_steps_are_those_of_the_logits_path(base: Path, tmp_path: Path, n
             assert got[0][name] == pytest.approx(want[0][name], rel=1e-5), (spec, name)
             for mine, theirs in zip(got, want, strict=True):
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-3), (spec, name)
-
-
-def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
-    with redirect_stdout(StringIO()) as said:
-        run(cfg)
-    return said.getvalue()
 
 
 def test_the_log_names_the_path(base: Path, tmp_path: Path) -> None:

@@ -17,8 +17,11 @@ from megatron_deft.errors import UserError
 from megatron_deft.models.families import ModelSpec, spec_from_hf
 from tests.convert.tiny_models import COMMON, assert_same_tensors, tensors
 from tests.distributed import run_ranks
-from tests.training.ranks import config, metrics
-from tests.training.test_fused_linear import train_and_hear
+from tests.training.ranks import (
+    config,
+    metrics,
+    train_and_hear,
+)
 from tests.training.test_layouts import state, step_folder
 
 KEYS: dict[str, Any] = {"train.steps": 1, "train.save_at_end": "true", "optim.lr": 1e-30}

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import shutil
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,14 @@ from megatron_deft.revision import revision
 from megatron_deft.training.run import run
 from tests.data.conftest import CHATML
 from tests.distributed import run_ranks
-from tests.training.ranks import STEPS, config, metrics, same_but_time, train_all
+from tests.training.ranks import (
+    STEPS,
+    config,
+    metrics,
+    same_but_time,
+    train_all,
+    train_and_hear,
+)
 
 # Every family; of cayley the form whose mean does not depend on the data-parallel size.
 LAYOUT_FREE = [
@@ -163,12 +168,6 @@ def test_resume_of_an_older_checkpoint(base: Path, tmp_path: Path) -> None:
     assert "another layout" not in run_ranks(1, train_and_hear, cfg)[0]
     uninterrupted = same_but_time(metrics(tmp_path / "run"))
     assert same_but_time(metrics(tmp_path / "on")) == uninterrupted[2:]
-
-
-def train_and_hear(rank: int, world: int, cfg: RunConfig) -> str:
-    with redirect_stdout(StringIO()) as said:
-        run(cfg)
-    return said.getvalue()
 
 
 def flip_a_byte(path: Path) -> None:
@@ -319,27 +318,6 @@ def test_validation_counts_every_sample_once(base: Path, tmp_path: Path, reducti
     want, _ = by_hand(base, 12, reduction)
     for n in sizes:
         assert metrics(tmp_path / str(n))[0]["val_loss"] == pytest.approx(want, rel=1e-5), n
-
-
-def test_checkpoints_after_a_fallback(base: Path, tmp_path: Path) -> None:
-    """keep_checkpoints never drops what was just written, and damaged later ones are set aside."""
-    run_dir = tmp_path / "run"
-    common = {"train.save_every": 1, "train.steps": 4}
-    run_ranks(1, train_all, [config(base, run_dir, **common)])
-    for step in (3, 4):
-        (run_dir / "checkpoints" / f"step_0000000{step}" / "megatron_deft.json").unlink()
-    again = {**common, "train.resume": "auto", "train.keep_checkpoints": 1, "train.steps": 5}
-    said = run_ranks(1, train_and_hear, config(base, run_dir, **again))[0]
-    assert "resumed from" in said
-    left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
-    assert left == [
-        "latest",
-        "step_00000003.abandoned",
-        "step_00000004.abandoned",
-        "step_00000005",
-    ]
-    assert (run_dir / "checkpoints" / "latest").read_text() == "step_00000005\n"
-    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3, 4, 5]
 
 
 def test_a_base_that_does_not_fit_is_refused(base: Path, tmp_path: Path) -> None:

@@ -10,13 +10,13 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context, resource_tracker
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 from megatron_deft.errors import UserError
-from megatron_deft.processes import PATIENCE, signals_held
+from megatron_deft.processes import PATIENCE, start_without
 
 
 class Job(Protocol):
@@ -93,9 +93,7 @@ def _crew(job: Job, count: int) -> Iterator[list[_Worker]]:
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(theirs, job), daemon=True)
             # of a run too, whose ranks decide what SIGUSR1 means
-            resource_tracker.ensure_running()  # else Python does it in there, and unblocks SIGINT
-            with signals_held(signal.SIGINT, signal.SIGUSR1):
-                process.start()
+            start_without(process, signal.SIGINT, signal.SIGUSR1)
             theirs.close()  # only the process holds it: its end is seen as the end of the file
             crew.append(_Worker(process, ours))
         yield list(reversed(crew))
